@@ -1,0 +1,266 @@
+"""Settings: a TOML file, then environment variables over it. The only module that reads the environment.
+
+    # eplb_async.toml                       # the same, from the environment
+    runtime_dir = "/run/eplb_async"         EPLB_ASYNC_RUNTIME_DIR=/run/eplb_async
+    [hook]
+    lag = 2                                 EPLB_ASYNC_HOOK_LAG=2
+    [daemon]
+    policy = "default"                      EPLB_ASYNC_DAEMON_POLICY=default
+
+`EPLB_ASYNC_CONFIG` names the file. Every setting is checked; unknown ones are errors that name the known ones.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from eplb_async.core.errors import ConfigError
+
+__all__ = [
+    "DaemonSettings",
+    "HookSettings",
+    "Settings",
+    "check_group_name",
+    "child_environment",
+    "config_path",
+    "load_settings",
+    "notify_socket",
+    "settings_environment",
+]
+
+PREFIX = "EPLB_ASYNC_"
+
+
+class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of the hook in each rank. `lag`, `history` and `staging_rows` must be equal on all ranks of a group.
+
+    Fields:
+        lag: steps between a word and the decision on it; 1 decides soonest, 2 leaves a step for the words to arrive.
+        history: steps for which words are kept; at least 2 * lag + 2.
+        peer_deadline_s: how long to wait for a rank's word before PeerLost. Keep it below the collectives' time-out.
+        attach_deadline_s: how long attach waits for the other ranks, which may load for longer.
+        ring_records: steps of load that wait for the daemon before the oldest is overwritten.
+        staging_rows: rows per rank that can be received before a commit; 0 means S, one whole layer.
+        pull_bytes_per_step: most bytes whose copies are issued in one step (at least one row is).
+        copies_per_step: most copies issued in one step.
+        plan_deadline_steps: a plan that is not done after so many steps is given up by the rank itself.
+        plan_deadline_s: the same in seconds.
+        verify: compare fingerprints of received rows with those taken at attach.
+    """
+
+    lag: int = 2
+    history: int = 64
+    peer_deadline_s: float = 30.0
+    attach_deadline_s: float = 600.0
+    ring_records: int = 256
+    staging_rows: int = 0
+    pull_bytes_per_step: int = 64 << 20
+    copies_per_step: int = 32
+    plan_deadline_steps: int = 10_000
+    plan_deadline_s: float = 120.0
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps")
+        _at_least(self, 2, "ring_records")
+        _at_least(self, 0, "staging_rows")
+        _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s")
+        if self.history < 2 * self.lag + 2:
+            raise ValueError(f"`history` is {self.history}; words of lag {self.lag} need at least {2 * self.lag + 2}")
+
+
+class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of the daemon.
+
+    Fields:
+        policy: name of the placement policy; `eplb-async serve --help` lists them.
+        policy_options: its options, checked by the policy.
+        window_steps: steps summed into one window of load.
+        num_windows: windows kept and given to the policy, newest last.
+        interval_steps: steps between two decisions.
+        par_threshold: decide only while the live PAR (mean over layers) is above this; 1 decides at every interval.
+        min_gain: a layer moves only if its predicted PAR falls by at least this share of its PAR.
+        poll_interval_s: how often rings and words are read.
+        discovery_interval_s: how often new groups are looked for.
+        plan_deadline_s: a plan that is not done after this is aborted.
+        policy_deadline_s: a policy that has not answered after this is killed with its worker.
+        pool_workers: worker processes for policies.
+        history_length: decisions kept for `eplb-async status` and `history`.
+        exit_when_idle_s: stop after this long without a group; 0 never stops.
+        log_level: of the daemon's own log, on standard error.
+    """
+
+    policy: str = "default"
+    policy_options: dict[str, Any] = {}
+    window_steps: int = 100
+    num_windows: int = 8
+    interval_steps: int = 1000
+    par_threshold: float = 1.05
+    min_gain: float = 0.02
+    poll_interval_s: float = 0.05
+    discovery_interval_s: float = 0.5
+    plan_deadline_s: float = 60.0
+    policy_deadline_s: float = 30.0
+    pool_workers: int = 1
+    history_length: int = 256
+    exit_when_idle_s: float = 0.0
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "window_steps", "num_windows", "interval_steps", "par_threshold", "pool_workers", "history_length")
+        _at_least(self, 0, "min_gain", "exit_when_idle_s")
+        _positive(self, "poll_interval_s", "discovery_interval_s", "plan_deadline_s", "policy_deadline_s")
+        levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+        if self.log_level not in levels:
+            raise ValueError(f"`log_level` is {self.log_level!r}; it must be one of {', '.join(levels)}")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one node.
+
+    Fields:
+        runtime_dir: directory of the control socket and lock files, mode 0700; "" picks $XDG_RUNTIME_DIR/eplb_async,
+            else eplb_async-<uid> in the system's temporary directory. Daemon and ranks must agree on it.
+        hook, daemon: see there.
+    """
+
+    runtime_dir: str = ""
+    hook: HookSettings = msgspec.field(default_factory=HookSettings)
+    daemon: DaemonSettings = msgspec.field(default_factory=DaemonSettings)
+
+    @property
+    def directory(self) -> Path:
+        """The runtime directory with the default filled in; it need not exist."""
+        if self.runtime_dir:
+            return Path(self.runtime_dir)
+        if base := os.environ.get("XDG_RUNTIME_DIR"):
+            return Path(base) / "eplb_async"
+        return Path(tempfile.gettempdir()) / f"eplb_async-{os.getuid()}"
+
+
+def load_settings(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from a file and the environment.
+
+    Args:
+        path: a TOML file; None takes the one that EPLB_ASYNC_CONFIG names, if any.
+        environ: instead of the process's environment.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML, a key or variable is unknown, a value is bad.
+    """
+    environ = os.environ if environ is None else environ
+    path = path or environ.get(PREFIX + "CONFIG") or None
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = msgspec.toml.decode(Path(path).read_bytes())
+        except OSError as error:
+            raise ConfigError(str(path), f"cannot be read ({error.strerror}); name an existing TOML file") from error
+        except msgspec.DecodeError as error:
+            raise ConfigError(str(path), f"is not TOML: {error}") from error
+        _convert(data, str(path))
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name != PREFIX + "CONFIG":
+            _set_from_environment(data, name, environ[name])
+    return _convert(data, str(path or "settings"))
+
+
+def config_path() -> str | None:
+    """The settings file that EPLB_ASYNC_CONFIG names, if any."""
+    return os.environ.get(PREFIX + "CONFIG") or None
+
+
+def notify_socket() -> str | None:
+    """Where systemd waits to be told that a service is ready (NOTIFY_SOCKET), if it does."""
+    return os.environ.get("NOTIFY_SOCKET") or None
+
+
+def child_environment(overrides: Mapping[str, str], python_path: str) -> dict[str, str]:
+    """This process's environment for a child of ours.
+
+    Args:
+        overrides: variables to set.
+        python_path: a directory that the child's interpreter must import from first.
+    """
+    paths = [python_path, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, **overrides, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def settings_environment(settings: Settings) -> dict[str, str]:
+    """Variables that make `load_settings` of a child return these settings, whatever file and variables say here."""
+    variables = {PREFIX + "RUNTIME_DIR": str(settings.directory)}
+    inherited = load_settings()
+    for table in ("hook", "daemon"):
+        ours, theirs = getattr(settings, table), getattr(inherited, table)
+        for field in ours.__struct_fields__:
+            if (value := getattr(ours, field)) != getattr(theirs, field):
+                text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+                variables[f"{PREFIX}{table.upper()}_{field.upper()}"] = text
+    return variables
+
+
+def check_group_name(group: str) -> str:
+    """The name if it can be part of a segment's name.
+
+    Raises:
+        ConfigError: it is empty, longer than 64, or has characters other than letters, digits, '.', '_' and '-'.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", group):
+        raise ConfigError(
+            f"group {group!r}", "a group's name has 1 to 64 letters, digits, '.', '_' or '-', and does not start with '.'"
+        )
+    return group
+
+
+def _convert(data: dict[str, Any], where: str) -> Settings:
+    try:
+        return msgspec.convert(data, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(where, f"{error}. {_known(str(error))}".strip()) from error
+
+
+def _known(message: str) -> str:
+    """The fields that would have been right, for an unknown one."""
+    if "unknown field" not in message:
+        return ""
+    table = HookSettings if "$.hook" in message else DaemonSettings if "$.daemon" in message else Settings
+    return f"Known: {', '.join(table.__struct_fields__)}"
+
+
+def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
+    key = name.removeprefix(PREFIX).lower()
+    if key == "runtime_dir":
+        data["runtime_dir"] = text
+        return
+    for table, settings in (("hook", HookSettings), ("daemon", DaemonSettings)):
+        field = key.removeprefix(table + "_")
+        if key.startswith(table + "_") and field in settings.__struct_fields__:
+            kind = settings.__annotations__[field]
+            try:
+                value = msgspec.json.decode(text) if kind == dict[str, Any] else msgspec.convert(text, kind, strict=False)
+                data.setdefault(table, {})[field] = value
+                _convert(data, name)
+            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                raise ConfigError(name, f"{text!r} does not fit: {error}") from error
+            return
+    known = [PREFIX + "CONFIG", PREFIX + "RUNTIME_DIR"]
+    known += [f"{PREFIX}HOOK_{field.upper()}" for field in HookSettings.__struct_fields__]
+    known += [f"{PREFIX}DAEMON_{field.upper()}" for field in DaemonSettings.__struct_fields__]
+    raise ConfigError(name, f"no such setting. Known: {', '.join(known)}")
+
+
+def _at_least(settings: msgspec.Struct, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be at least {least}")
+
+
+def _positive(settings: msgspec.Struct, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be more than 0")

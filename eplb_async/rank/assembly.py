@@ -1,0 +1,193 @@
+"""Building a hook's parts at attach, and taking them apart at detach, so that nothing is left behind either way."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from eplb_async.core.config import Settings
+from eplb_async.core.errors import DaemonUnavailable, SpecMismatch, TransferFailed
+from eplb_async.core.load import LoadKind
+from eplb_async.core.placement import IntArray, initial_placement, validate_placement
+from eplb_async.core.spec import MoESpec
+from eplb_async.rank.committer import Committer
+from eplb_async.rank.exchange import Exchange, SharedMemoryExchange
+from eplb_async.rank.maps import Maps
+from eplb_async.rank.membership import Membership
+from eplb_async.rank.plan_reader import PlanReader
+from eplb_async.rank.recorder import Recorder, check_load
+from eplb_async.rank.stager import Stager
+from eplb_async.rank.streams import HostStream
+from eplb_async.rank.transfer.base import Transfer
+from eplb_async.rank.transfer.registry import open_transfer
+from eplb_async.rank.verification import ExpertFingerprints, slot_fingerprints
+from eplb_async.rank.weights import LayerTensors, WeightRows
+from eplb_async.shm.export import ExportInfo, RankExport
+from eplb_async.shm.launch import daemon_running, ensure_daemon
+from eplb_async.shm.ring import LoadRing
+from eplb_async.shm.segment import Segment, prepare_runtime_dir
+from eplb_async.shm.words import GroupInfo
+
+__all__ = ["AttachRequest", "Parts", "assemble"]
+
+LIVE_WRITER = 0
+"""The rank that writes the live placement: the lowest of the node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachRequest:
+    """The arguments of attach, with defaults filled in; see RankHook.attach."""
+
+    group: str
+    rank: int
+    spec: MoESpec
+    weights: Sequence[LayerTensors]
+    load: torch.Tensor
+    daemon: str
+    placement: IntArray | None
+    load_kind: LoadKind | None
+    settings: Settings
+    staging_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a hook is made of."""
+
+    info: GroupInfo
+    rank: int
+    settings: Settings
+    membership: Membership
+    exchange: Exchange
+    transfer: Transfer
+    reader: PlanReader
+    stager: Stager
+    committer: Committer
+    maps: Maps
+    recorder: Recorder
+    capturing: Callable[[], bool]
+
+    def close(self) -> None:
+        """End the threads, then leave the group."""
+        self.reader.close()
+        self.transfer.close()
+        self.recorder.ring.close()
+        self.membership.leave()
+
+
+def assemble(request: AttachRequest) -> Parts:
+    """Check the arguments, join the group, connect to the other ranks.
+
+    Raises:
+        As RankHook.attach; nothing is left behind then.
+    """
+    spec, settings = request.spec, request.settings
+    given = request.placement if request.placement is not None else initial_placement(spec)
+    placement_LP = validate_placement(np.asarray(given), spec)
+    kind = check_load(request.load, spec, request.load_kind)
+    rows = WeightRows(request.weights, spec)
+    directory = prepare_runtime_dir(settings.directory)
+    info = GroupInfo(
+        group=request.group,
+        spec=spec,
+        lag=settings.hook.lag,
+        history=settings.hook.history,
+        staging_rows=request.staging_rows,
+        slot_bytes=rows.slot_bytes,
+        tensors=rows.digest,
+    )
+    name = f"eplb-transfer-{request.group}-{request.rank}"
+    transfer = open_transfer(request.weights, rows, request.staging_rows, name)
+    try:
+        _find_daemon(request.daemon, settings)
+        joining = _Joining(request, info, placement_LP, kind, transfer)
+        return joining.join(directory)
+    except BaseException:
+        transfer.close()
+        raise
+
+
+def _find_daemon(choice: str, settings: Settings) -> None:
+    if choice == "auto":
+        ensure_daemon(settings)
+    elif choice == "required" and not daemon_running(settings):
+        raise DaemonUnavailable(str(settings.directory))
+
+
+class _Joining:
+    """The part of attach that talks to other ranks."""
+
+    def __init__(
+        self, request: AttachRequest, info: GroupInfo, placement_LP: IntArray, kind: LoadKind, transfer: Transfer
+    ) -> None:
+        self._request, self._info, self._placement_LP = request, info, placement_LP
+        self._kind, self._transfer = kind, transfer
+        self._ring: LoadRing
+        verify = request.settings.hook.verify
+        rows = transfer.weights
+        shape = (info.spec.num_layers, info.spec.slots_per_rank, max(len(tensors) for tensors in rows.rows))
+        self._own = slot_fingerprints(rows, placement_LP, request.rank) if verify else np.zeros(shape, dtype=np.int64)
+
+    def join(self, directory: Path) -> Parts:
+        request, info, settings = self._request, self._info, self._request.settings
+        membership = Membership(info, request.rank, directory)
+        membership.join(self._placement_LP, self._publish, settings.hook.attach_deadline_s)
+        try:
+            fingerprints = self._connect(membership)
+        except BaseException:
+            membership.leave()
+            raise
+        maps = Maps(self._placement_LP, info.spec, request.load.device)
+        reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
+        stager = Stager(self._transfer, settings.hook, fingerprints.of if fingerprints else lambda layer, expert: None)
+        live = membership.live if request.rank == LIVE_WRITER else None
+        return Parts(
+            info=info,
+            rank=request.rank,
+            settings=settings,
+            membership=membership,
+            exchange=SharedMemoryExchange(membership.words, request.rank, settings.hook.peer_deadline_s),
+            transfer=self._transfer,
+            reader=PlanReader(membership.board, info.spec, request.rank, info.staging_rows, reader_stream),
+            stager=stager,
+            committer=Committer(self._transfer, maps, stager, live),
+            maps=maps,
+            recorder=Recorder(request.load, self._ring),
+            capturing=torch.cuda.is_current_stream_capturing if request.load.is_cuda else _never,
+        )
+
+    def _publish(self, incarnation: int) -> list[Segment]:
+        request, info = self._request, self._info
+        records = request.settings.hook.ring_records
+        ring_info = Recorder.ring_info(info.group, request.rank, request.load, self._kind, records)
+        self._ring = LoadRing.create(ring_info, incarnation)
+        exported = ExportInfo(transfer=self._transfer.name, exported=self._transfer.export(), shape=self._own.shape)
+        try:
+            export = RankExport.create(info.group, request.rank, incarnation, exported, self._own)
+        except BaseException:
+            self._ring.segment.unlink()
+            raise
+        return [self._ring.segment, export.segment]
+
+    def _connect(self, membership: Membership) -> ExpertFingerprints | None:
+        """Reach every rank's weights, the own ones included, and collect the fingerprints."""
+        info, collected = self._info, []
+        live = membership.live.read()
+        if live is None or not np.array_equal(live[0], self._placement_LP):
+            raise SpecMismatch(info.group, ["the placement given here is not the one that the group started with"])
+        for rank in range(info.spec.num_ranks):
+            export = RankExport.open(info.group, rank, membership.words.incarnation)
+            if export.info.transfer != self._transfer.name:
+                raise TransferFailed(f"rank {rank} moves weights by {export.info.transfer}, this rank by {self._transfer.name}")
+            self._transfer.connect(rank, export.info.exported)
+            collected.append(np.array(export.fingerprints))
+            export.close()
+        if not self._request.settings.hook.verify:
+            return None
+        return ExpertFingerprints(np.concatenate(collected, axis=1), self._placement_LP, info.spec)
+
+
+def _never() -> bool:
+    return False

@@ -1,0 +1,345 @@
+"""The hook: all that an engine calls. Attach once, wrap every forward in a step, detach.
+
+    one step        publish own word -> read all words of step s - lag -> commit or drop what they say
+                    -> look at the board, adopt a plan -> issue copies -> [the forward] -> record its load
+
+Nothing in it waits for the daemon. It waits for another rank only if that rank's word of `lag` steps ago is not there.
+"""
+# size: attach has the keyword arguments that design section 8 names, and three that are rarely used
+
+import logging
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal
+
+import torch
+
+from eplb_async.core.config import Settings, check_group_name, load_settings
+from eplb_async.core.diff import least_staging_rows
+from eplb_async.core.errors import HookClosed, LifecycleError, PeerError, SpecError, UnknownName
+from eplb_async.core.load import LoadKind, Phase
+from eplb_async.core.placement import IntArray
+from eplb_async.core.plan import generation_of, position_of
+from eplb_async.core.spec import MoESpec
+from eplb_async.rank.agreement import Agreement, Decision, Verdict
+from eplb_async.rank.assembly import AttachRequest, Parts, assemble
+from eplb_async.rank.plan_reader import BadPlan, PreparedPlan
+from eplb_async.rank.statistics import HookPhase, HookStatistics, PhaseTimes
+from eplb_async.rank.weights import LayerTensors
+from eplb_async.shm.words import Reduced
+
+__all__ = ["DaemonChoice", "RankHook"]
+
+log = logging.getLogger(__name__)
+
+DaemonChoice = Literal["optional", "auto", "required"]
+
+
+class RankHook:
+    """One rank of one group. All methods belong to the thread that runs the forwards.
+
+    Attributes:
+        group, rank, spec: as attached.
+        slot_to_expert_LP: int64 [L, P], the expert in every slot, -1 for an empty one.
+        dispatch_table_LEK: int64 [L, E, K], slots per expert; send token i of expert e to
+            `table[l, e, hash(i) % count[l, e]]`, slot p lies on rank p // S.
+        dispatch_count_LE: int64 [L, E].
+
+    The tensors are rewritten in place between two forwards; their addresses never change.
+    """
+
+    agreement_class = Agreement
+
+    def __init__(self, parts: Parts) -> None:
+        """Use `attach`."""
+        self._parts = parts
+        self.group, self.rank, self.spec = parts.info.group, parts.rank, parts.info.spec
+        self.slot_to_expert_LP = parts.maps.slot_to_expert_LP
+        self.dispatch_table_LEK = parts.maps.dispatch_table_LEK
+        self.dispatch_count_LE = parts.maps.dispatch_count_LE
+        self._agreement = self.agreement_class()
+        self._plan: PreparedPlan | None = None
+        self._plan_step, self._plan_since_s = 0, 0.0
+        self._step, self._running = 0, False
+        self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
+        self._closed = ""
+        self._context = _StepContext(self)
+        self._num_plans = self._num_drops = 0
+        self._last_error = ""
+        self._times = {phase: PhaseTimes() for phase in HookPhase}
+
+    @classmethod
+    def attach(
+        cls,
+        *,
+        group: str,
+        rank: int,
+        spec: MoESpec,
+        weights: Sequence[LayerTensors],
+        load: torch.Tensor,
+        daemon: DaemonChoice = "optional",
+        placement: IntArray | None = None,
+        load_kind: LoadKind | None = None,
+        settings: Settings | None = None,
+    ) -> "RankHook":
+        """Join a group; returns when all its ranks have.
+
+        Args:
+            group: name of the model served together; letters, digits, '.', '_', '-'. All ranks give the same.
+            rank: 0..R-1.
+            spec: the model's shape; the same on all ranks.
+            weights: per MoE layer, every tensor [S, ...] that belongs to an expert; on the CPU from `share_weights`.
+            load: int32 counts that the engine adds to during a forward; logical [L, E], slots of all ranks [L, P], or
+                own slots [L, S]. The hook reads and zeroes it after each forward.
+            daemon: "auto" starts this node's daemon if none runs, "required" raises if none does, "optional" serves
+                on without one until it comes.
+            placement: int [L, P], the placement in which the weights are loaded, if not the initial one.
+            load_kind: what `load` counts, where its shape fits two readings.
+            settings: instead of those of EPLB_ASYNC_CONFIG and the environment.
+
+        Raises:
+            SpecError, PlacementError, ConfigError, UnknownName: an argument does not fit.
+            SpecMismatch, RankTaken, AttachTimeout: it does not fit the other ranks, or they do not come.
+            SegmentError: shared memory cannot be made, or what is there is not ours.
+            DaemonUnavailable: see `daemon`.
+        """
+        check_group_name(group)
+        if not 0 <= rank < spec.num_ranks:
+            raise SpecError(f"rank {rank} was given; ranks are 0..{spec.num_ranks - 1}")
+        if daemon not in ("optional", "auto", "required"):
+            raise UnknownName("daemon choice", daemon, ("optional", "auto", "required"))
+        settings = settings or load_settings()
+        staging_rows = settings.hook.staging_rows or spec.slots_per_rank
+        if staging_rows < least_staging_rows(spec.topology):
+            raise SpecError(f"staging_rows is {staging_rows}; needed at least {least_staging_rows(spec.topology)}")
+        parts = assemble(
+            AttachRequest(
+                group=group,
+                rank=rank,
+                spec=spec,
+                weights=weights,
+                load=load,
+                daemon=daemon,
+                placement=placement,
+                load_kind=load_kind,
+                settings=settings,
+                staging_rows=staging_rows,
+            )
+        )
+        hook = cls(parts)
+        log.info(
+            "group %s rank %d attached: incarnation %d, %d staging rows (%d bytes), %s",
+            group,
+            rank,
+            parts.membership.words.incarnation,
+            staging_rows,
+            parts.transfer.staging.num_bytes,
+            settings.hook,
+        )
+        return hook
+
+    def step(self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0) -> "_StepContext":
+        """A context around one forward: before_forward on entering, after_forward on leaving.
+
+        If the forward raises, the step still counts (other ranks made it), but its load is not recorded.
+        """
+        self._context.phase, self._context.num_tokens = phase, num_tokens
+        return self._context
+
+    def before_forward(self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0) -> None:
+        """Everything that must happen between two forwards. During a CUDA graph capture it does nothing.
+
+        Args:
+            phase: "prefill", "decode", "mixed", "dummy" (an idle rank), or "profile" (warm-up).
+            num_tokens: tokens of this rank's batch.
+
+        Raises:
+            PeerLost, StepDrift: do not run this forward; detach, and attach all ranks again.
+            HookClosed: the hook is detached, or the above came before.
+            UnknownName: no such phase.
+            LifecycleError: the step before is not finished.
+        """
+        if self._parts.capturing():
+            return
+        if self._closed:
+            raise HookClosed(self.group, self.rank, self._closed)
+        if self._running:
+            raise LifecycleError(f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called")
+        self._phase, self._tokens = _phase(phase), num_tokens
+        try:
+            self._advance()
+        except PeerError as error:
+            self._closed = str(error)
+            raise
+        self._version = self._agreement.decided
+        self._running = True
+
+    def after_forward(self) -> None:
+        """Record the load of the forward that has just run. During a CUDA graph capture it does nothing."""
+        if not self._running or self._parts.capturing():
+            return
+        start = time.perf_counter_ns()
+        self._parts.recorder.record(self._step, self._phase, self._version, self._tokens)
+        self._finish_step()
+        self._times[HookPhase.RECORD].add(time.perf_counter_ns() - start)
+
+    def statistics(self) -> HookStatistics:
+        """Counters and the host time of each phase of the hook."""
+        agreement, stager = self._agreement, self._parts.stager
+        return HookStatistics(
+            step=self._step,
+            generation=generation_of(agreement.decided),
+            position=position_of(agreement.decided),
+            num_commits=self._parts.committer.num_commits,
+            num_plans=self._num_plans,
+            num_drops=self._num_drops,
+            rows_pulled=stager.rows_pulled,
+            bytes_pulled=stager.bytes_pulled,
+            staging_bytes=self._parts.transfer.staging.num_bytes,
+            last_error=self._last_error,
+            times={phase.value: times.timing() for phase, times in self._times.items()},
+        )
+
+    def detach(self) -> None:
+        """Leave the group. The map tensors and the weights stay as they are. Idempotent."""
+        if self._closed != "it was detached":
+            self._closed = "it was detached"
+            self._parts.close()
+            log.info("group %s rank %d detached at step %d", self.group, self.rank, self._step)
+
+    def __enter__(self) -> "RankHook":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def _advance(self) -> None:
+        """One step of the protocol; tests/model/agreement_model.py says the same in `publish_word` and `act`."""
+        parts, agreement, clock = self._parts, self._agreement, time.perf_counter_ns
+        start = clock()
+        self._poll()
+        polled = clock()
+        parts.exchange.publish(self._step, agreement.word())
+        words = parts.exchange.collect(self._step - parts.info.lag)
+        decision = agreement.decide(words)
+        agreed = applied = clock()
+        if decision.verdict is not Verdict.NOTHING:
+            self._apply(decision)
+            applied = clock()
+            self._times[HookPhase.COMMIT].add(applied - agreed)
+        self._adopt(words)
+        if self._plan is not None and not agreement.failed:
+            parts.stager.issue(words.committed)
+            self._poll_staged()
+        self._times[HookPhase.ISSUE].add(clock() - applied)
+        self._times[HookPhase.POLL].add(polled - start)
+        self._times[HookPhase.AGREE].add(agreed - polled)
+
+    def _poll(self) -> None:
+        """Find out what the device has finished, and whether the active plan must be given up."""
+        parts, agreement = self._parts, self._agreement
+        if agreement.committed != agreement.decided:
+            self._poll_committed()
+        if not parts.stager.idle:
+            self._poll_staged()
+        if parts.membership.board.abort >= agreement.generation:
+            self._fail(parts.membership.board.abort, "a daemon aborted it")
+        if self._plan is not None:
+            settings = parts.settings.hook
+            if self._step - self._plan_step > settings.plan_deadline_steps:
+                self._fail(self._plan.generation, f"not done after {settings.plan_deadline_steps} steps")
+            elif time.monotonic() - self._plan_since_s > settings.plan_deadline_s:
+                self._fail(self._plan.generation, f"not done after {settings.plan_deadline_s:g} s")
+
+    def _poll_committed(self) -> None:
+        ended = self._parts.committer.poll()
+        if ended is not None:
+            self._agreement.finish_commit(*ended)
+        self._agreement.settle(bool(self._parts.committer.running) or self._parts.stager.orphaned)
+
+    def _poll_staged(self) -> None:
+        position, error = self._parts.stager.poll()
+        if position and self._plan is not None:
+            self._agreement.stage(position)
+        if error is not None and self._plan is not None:
+            self._fail(self._plan.generation, str(error))
+        elif error is not None:
+            raise error
+
+    def _apply(self, decision: Decision) -> None:
+        parts = self._parts
+        if decision.verdict is Verdict.DROP:
+            self._num_drops += 1
+            why = self._last_error if self._agreement.error == decision.generation else decision.why
+            log.warning("group %s rank %d: plan %d dropped: %s", self.group, self.rank, decision.generation, why)
+            parts.stager.drop(parts.committer.running)
+            self._plan = None
+        elif self._plan is not None:
+            parts.committer.commit(self._plan, decision.position)
+            if decision.position == self._plan.length:
+                log.info("group %s rank %d: plan %d committed", self.group, self.rank, self._plan.generation)
+                parts.stager.finish()
+                self._plan = None
+        self._poll_committed()
+
+    def _adopt(self, words: Reduced) -> None:
+        """Look at the board (I4): take the plan that is next, refuse one that does not fit, ignore all others."""
+        parts, agreement = self._parts, self._agreement
+        found = parts.reader.poll(parts.maps.snapshot)
+        if found is None or self._plan is not None:
+            return
+        generation = found.generation or agreement.generation
+        if generation < agreement.generation:
+            parts.reader.forget()
+        elif agreement.may_adopt(generation, words):
+            if found.against is not parts.maps.snapshot:
+                parts.reader.check_again()
+                return
+            parts.reader.forget()
+            if isinstance(found, BadPlan):
+                self._fail(generation, found.why)
+                return
+            agreement.adopt(found)
+            parts.stager.start(found)
+            self._plan, self._plan_step, self._plan_since_s = found, self._step, time.monotonic()
+            self._num_plans += 1
+            log.info("group %s rank %d: plan %d with %d entries begins", self.group, self.rank, generation, found.length)
+
+    def _fail(self, generation: int, why: str) -> None:
+        if self._agreement.fail(generation, why):
+            self._last_error = f"plan {generation}: {why}"
+            log.warning("group %s rank %d gives plan %d up: %s", self.group, self.rank, generation, why)
+
+    def _finish_step(self) -> None:
+        self._step += 1
+        self._running = False
+
+
+class _StepContext:
+    """One step; reused for every step of a hook."""
+
+    def __init__(self, hook: RankHook) -> None:
+        self._hook = hook
+        self.phase: str | Phase = Phase.MIXED
+        self.num_tokens = 0
+
+    def __enter__(self) -> None:
+        self._hook.before_forward(self.phase, self.num_tokens)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._hook.after_forward()
+        elif self._hook._running:
+            self._hook._parts.recorder.discard(self._hook._step, self._hook._version)
+            self._hook._finish_step()
+
+
+_PHASES = {phase.value: phase for phase in Phase}
+
+
+def _phase(phase: str | Phase) -> Phase:
+    found = _PHASES.get(phase) if isinstance(phase, str) else phase
+    if found is None:
+        raise UnknownName("phase", str(phase), _PHASES)
+    return found

@@ -1,0 +1,153 @@
+"""Staging: pulling the incoming experts of the active plan beside the forward, entry by entry, within a budget per step.
+
+    waiting -> pulling -> staged -> released        an entry; `staged` in plan order only
+                  \\-> orphaned -> ended             its plan was dropped: its pulls must end before `committed` moves on
+
+An entry starts when enough staging rows are free and, if an earlier entry changes the same layer, once every rank has
+committed that one (I12): its sources are live only then. Rows are free again when the own commit has ended (I13).
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from eplb_async.core.config import HookSettings
+from eplb_async.core.plan import counter
+from eplb_async.rank.plan_reader import PreparedEntry, PreparedPlan
+from eplb_async.rank.streams import Completion
+from eplb_async.rank.transfer.base import Transfer
+
+__all__ = ["Stager"]
+
+
+@dataclass
+class _Incoming:
+    """One entry on its way: the staging row of each of its pulls, and the copies issued so far."""
+
+    entry: PreparedEntry
+    rows: list[int]
+    copies: deque[Completion[None]] = field(default_factory=deque)
+    issued: int = 0
+    failed: bool = False
+
+
+class Stager:
+    """Staging of one rank. Only the thread that steps may call it.
+
+    Attributes:
+        bytes_pulled, rows_pulled: since attach.
+    """
+
+    def __init__(
+        self,
+        transfer: Transfer,
+        settings: HookSettings,
+        fingerprints: Callable[[int, int], Sequence[int] | None],
+    ) -> None:
+        self._transfer, self._settings, self._fingerprints = transfer, settings, fingerprints
+        self._free = list(range(transfer.staging.num_rows))
+        self._plan: PreparedPlan | None = None
+        self._next = 0
+        self._incoming: deque[_Incoming] = deque()
+        self._staged: dict[int, _Incoming] = {}
+        self._orphans: list[_Incoming] = []
+        self.bytes_pulled = self.rows_pulled = 0
+
+    @property
+    def idle(self) -> bool:
+        """True if there is nothing to poll or issue."""
+        return self._plan is None and not self._orphans
+
+    @property
+    def orphaned(self) -> bool:
+        """True while pulls of dropped plans still run."""
+        return bool(self._orphans)
+
+    def start(self, plan: PreparedPlan) -> None:
+        """Begin with the first entry of an adopted plan."""
+        self._plan, self._next = plan, 0
+
+    def issue(self, all_committed: int) -> None:
+        """Issue copies within this step's budget.
+
+        Args:
+            all_committed: a packed counter that every rank is known to have committed.
+        """
+        copies, left = self._settings.copies_per_step, self._settings.pull_bytes_per_step
+        spent = False
+        while copies > 0 and self._plan is not None and self._open_entry(self._plan, all_committed):
+            current = self._incoming[-1]
+            layer, pulls = current.entry.layer, current.entry.pulls
+            size = self._transfer.weights.slot_bytes[layer]
+            while current.issued < len(pulls) and copies > 0 and (left >= size or not spent):
+                pull, row = pulls[current.issued], current.rows[current.issued]
+                expected = self._fingerprints(layer, pull.expert)
+                current.copies.append(self._transfer.pull(layer, pull, row, expected))
+                current.issued += 1
+                copies, left, spent = copies - 1, left - size, True
+                self.bytes_pulled += size
+                self.rows_pulled += 1
+            if current.issued < len(pulls):
+                return
+
+    def poll(self) -> tuple[int, Exception | None]:
+        """(position up to which entries are staged, 0 for none; the error of a pull that failed, if any)."""
+        self._orphans = [orphan for orphan in self._orphans if not self._ended(orphan)]
+        position, error = 0, None
+        while self._incoming:
+            first = self._incoming[0]
+            while first.copies and first.copies[0].done:
+                ended = first.copies.popleft()
+                first.failed |= ended.error is not None
+                error = error or ended.error
+            if first.failed or first.copies or first.issued < len(first.entry.pulls):
+                break
+            self._incoming.popleft()
+            self._staged[first.entry.position] = first
+            position = first.entry.position
+        return position, error
+
+    def take(self, position: int) -> list[tuple[int, int]]:
+        """(staging row, own slot) pairs of a staged entry that is being committed; `release` it when that has ended."""
+        incoming = self._staged[position]
+        return [(row, pull.slot) for row, pull in zip(incoming.rows, incoming.entry.pulls, strict=True)]
+
+    def release(self, position: int) -> None:
+        """The commit of an entry has ended on the device: its rows are free."""
+        self._free += self._staged.pop(position).rows
+
+    def finish(self) -> None:
+        """The plan's last entry was decided."""
+        self._plan = None
+
+    def drop(self, committing: Sequence[int]) -> None:
+        """The plan was dropped; entries that are being committed (their positions) keep their rows until released."""
+        self._plan = None
+        for position in [position for position in self._staged if position not in committing]:
+            self._free += self._staged.pop(position).rows
+        self._orphans += self._incoming
+        self._incoming.clear()
+        self._orphans = [orphan for orphan in self._orphans if not self._ended(orphan)]
+
+    def _open_entry(self, plan: PreparedPlan, all_committed: int) -> bool:
+        """Make the entry to issue copies for the newest incoming one; false if it has to wait, or there is none."""
+        if self._incoming and self._incoming[-1].issued < len(self._incoming[-1].entry.pulls):
+            return True
+        if self._next == plan.length:
+            return False
+        entry = plan.entries[self._next]
+        if entry.previous and all_committed < counter(plan.generation, entry.previous):
+            return False
+        if len(entry.pulls) > len(self._free):
+            return False
+        self._incoming.append(_Incoming(entry, [self._free.pop() for _ in entry.pulls]))
+        self._next += 1
+        return True
+
+    def _ended(self, orphan: _Incoming) -> bool:
+        while orphan.copies and orphan.copies[0].done:
+            orphan.copies.popleft()
+        if orphan.copies:
+            return False
+        self._free += orphan.rows
+        return True

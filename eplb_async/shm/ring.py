@@ -1,0 +1,151 @@
+"""The load ring: one rank writes a record per step, one daemon reads them. The writer never waits.
+
+    data   0  reserved       i64: records ever begun
+          64  published      i64: records ever finished
+         128  taken          i64: records ever read; written by the reader, so that its successor goes on from there
+         192  records        N records: 0 step, 8 phase, 16 version, 24 tokens, then at 64 the counts, int32 [L, width]
+
+Record i lives in place i mod N. A full ring overwrites the oldest record:
+
+    writer   reserved := i + 1; fence; the record; published := i + 1 (release)
+    reader   published (acquire); copy records; fence; reserved ?  -- a copied record i is whole if i + N >= reserved
+
+Without `reserved` a reader could not know that a record it copied was being overwritten; written after the record instead
+of before, it would come too late. What the reader finds overwritten is counted as lost.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_async.core.errors import SegmentRefused
+from eplb_async.core.load import LoadKind, Phase
+from eplb_async.shm.atomics import atomics
+from eplb_async.shm.layout import segment_name
+from eplb_async.shm.segment import Segment
+
+__all__ = ["Batch", "LoadRing", "RingInfo"]
+
+LAYOUT = "ring: reserved 64, published 64, taken 64; record step phase version tokens 64, counts int32"
+_RESERVED, _PUBLISHED, _TAKEN, _RECORDS = 0, 64, 128, 192
+_COUNTS = 64
+PHASES = tuple(Phase)
+
+
+class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The text of a ring's segment: its writer, what it counts, and how many records it holds."""
+
+    group: str
+    rank: int
+    kind: LoadKind
+    num_layers: int
+    width: int
+    num_records: int
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record, a multiple of 64."""
+        return -(-(_COUNTS + 4 * self.num_layers * self.width) // 64) * 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records read at once, oldest first, n of them; copies, safe to keep.
+
+    Attributes:
+        step, version, tokens: int64 [n]; version is the packed counter of the placement they were counted under.
+        phase: index into `PHASES`, int64 [n].
+        counts: int32 [n, L, width].
+        lost: records overwritten before they could be read, before the first of these.
+    """
+
+    step: NDArray[np.int64]
+    phase: NDArray[np.int64]
+    version: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    counts: NDArray[np.int32]
+    lost: int
+
+
+class LoadRing:
+    """A mapped ring. The rank uses begin and publish, the daemon read; never both in one object's life."""
+
+    def __init__(self, segment: Segment, info: RingInfo) -> None:
+        self.segment, self.info = segment, info
+        self._atomics, self._address = atomics(), segment.address
+        size = info.record_bytes
+        self._bytes: NDArray[np.generic] = segment.array(np.uint8, (info.num_records, size), _RECORDS)
+        self._fields = self._bytes[:, :32].view(np.int64)
+        last = _COUNTS + 4 * info.num_layers * info.width
+        counts = self._bytes[:, _COUNTS:last].view(np.int32)
+        self._counts = counts.reshape(info.num_records, info.num_layers, info.width)
+        self._written = self._atomics.load_acquire(self._address + _PUBLISHED)
+
+    @classmethod
+    def create(cls, info: RingInfo, incarnation: int) -> "LoadRing":
+        """A new, empty ring.
+
+        Raises:
+            NoSharedMemory: see Segment.create.
+        """
+        size = _RECORDS + info.num_records * info.record_bytes
+        name = segment_name(info.group, f"ring.{info.rank}")
+        segment = Segment.create(name, LAYOUT, size, text=msgspec.json.encode(info), incarnation=incarnation)
+        return cls(segment.publish(), info)
+
+    @classmethod
+    def open(cls, group: str, rank: int, incarnation: int) -> "LoadRing":
+        """Map a rank's ring for reading.
+
+        Raises:
+            SegmentMissing, SegmentRefused: see Segment.open; also if it is of another incarnation.
+        """
+        segment = Segment.open(segment_name(group, f"ring.{rank}"), LAYOUT)
+        if segment.header.incarnation != incarnation:
+            found = f"incarnation {segment.header.incarnation}"
+            raise SegmentRefused(segment.name, found, f"incarnation {incarnation}")
+        return cls(segment, msgspec.json.decode(segment.header.text, type=RingInfo))
+
+    @property
+    def num_published(self) -> int:
+        """Records ever finished."""
+        return self._atomics.load_acquire(self._address + _PUBLISHED)
+
+    def begin(self, step: int, phase: Phase, version: int, tokens: int) -> NDArray[np.int32]:
+        """Claim the next record, overwriting the oldest of a full ring. Only the rank's own thread calls this.
+
+        Returns:
+            Where to write the counts, int32 [L, width], until `publish`.
+        """
+        self._atomics.store_then_fence(self._address + _RESERVED, self._written + 1)
+        place = self._written % self.info.num_records
+        self._fields[place] = (step, PHASES.index(phase), version, tokens)
+        return self._counts[place]
+
+    def publish(self) -> None:
+        """Finish the record that `begin` claimed, once its counts are there."""
+        self._written += 1
+        self._atomics.store_release(self._address + _PUBLISHED, self._written)
+
+    def read(self, most: int = 1 << 30) -> Batch:
+        """All records since the last read, at most `most`. Only the daemon calls this; it never blocks the writer."""
+        load, size = self._atomics.load_acquire, self.info.num_records
+        published = load(self._address + _PUBLISHED)
+        taken = load(self._address + _TAKEN)
+        first = max(taken, published - size)
+        last = min(published, first + most)
+        places = np.arange(first, last) % size
+        fields, counts = self._fields[places], self._counts[places]
+        reserved = self._atomics.fence_then_load(self._address + _RESERVED)
+        # records below reserved - size may have been overwritten while they were copied
+        whole = min(max(first, reserved - size), last)
+        self._atomics.store_release(self._address + _TAKEN, last)
+        step, phase, version, tokens = fields[whole - first :].T
+        return Batch(step, phase, version, tokens, counts[whole - first :], lost=whole - taken)
+
+    def close(self) -> None:
+        """Drop the mapping."""
+        self._bytes = self._fields = self._counts = np.empty((0, 0, 0))
+        self.segment.close()
