@@ -112,7 +112,9 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "window_steps", "num_windows", "interval_steps", "par_threshold", "pool_workers", "history_length")
+        _at_least(
+            self, 1, "window_steps", "num_windows", "interval_steps", "par_threshold", "pool_workers", "history_length"
+        )
         _at_least(self, 0, "min_gain", "exit_when_idle_s")
         _positive(self, "poll_interval_s", "discovery_interval_s", "plan_deadline_s", "policy_deadline_s")
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -212,7 +214,8 @@ def check_group_name(group: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", group):
         raise ConfigError(
-            f"group {group!r}", "a group's name has 1 to 64 letters, digits, '.', '_' or '-', and does not start with '.'"
+            f"group {group!r}",
+            "a group's name has 1 to 64 letters, digits, '.', '_' or '-', and does not start with '.'",
         )
     return group
 
@@ -242,7 +245,9 @@ def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
         if key.startswith(table + "_") and field in settings.__struct_fields__:
             kind = settings.__annotations__[field]
             try:
-                value = msgspec.json.decode(text) if kind == dict[str, Any] else msgspec.convert(text, kind, strict=False)
+                value = (
+                    msgspec.json.decode(text) if kind == dict[str, Any] else msgspec.convert(text, kind, strict=False)
+                )
                 data.setdefault(table, {})[field] = value
                 _convert(data, name)
             except (msgspec.DecodeError, msgspec.ValidationError) as error:

@@ -216,7 +216,9 @@ class DaemonRunning(DaemonError):
     """A second daemon for the same runtime directory."""
 
     def __init__(self, where: str) -> None:
-        super().__init__(f"a daemon serves {where} already; see 'eplb-async status', or give this one its own runtime_dir")
+        super().__init__(
+            f"a daemon serves {where} already; see 'eplb-async status', or give this one its own runtime_dir"
+        )
 
 
 class ControlError(DaemonError):

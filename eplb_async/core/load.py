@@ -60,7 +60,9 @@ def load_kind(shape: Sequence[int], spec: MoESpec, kind: LoadKind | None = None)
         if tuple(shape) == (spec.num_layers, width) and kind in (None, candidate):
             return candidate
     wanted = ", ".join(f"{name.value} [{spec.num_layers}, {width}]" for name, width in widths.items())
-    raise SpecError(f"a load tensor of shape {list(shape)}{f' as {kind.value}' if kind else ''} was given; needed one of {wanted}")
+    raise SpecError(
+        f"a load tensor of shape {list(shape)}{f' as {kind.value}' if kind else ''} was given; needed one of {wanted}"
+    )
 
 
 def fold_slots(counts_LP: NDArray[np.int64], slot_to_expert_LP: IntArray, num_experts: int) -> NDArray[np.int64]:

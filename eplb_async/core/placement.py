@@ -9,6 +9,8 @@
 All functions here are pure: arrays in, new arrays out.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,7 +44,7 @@ def initial_placement(spec: MoESpec) -> IntArray:
     return np.tile(row_P, (spec.num_layers, 1))
 
 
-def validate_placement(slot_to_expert_LP: NDArray[np.generic], spec: MoESpec, layers: str = "layer") -> IntArray:
+def validate_placement(slot_to_expert_LP: NDArray[np.integer[Any]], spec: MoESpec, layers: str = "layer") -> IntArray:
     """Check a placement and return it as int32 [L, P] (a row count other than L is fine: it may be part of a plan).
 
     Raises:
@@ -50,7 +52,9 @@ def validate_placement(slot_to_expert_LP: NDArray[np.generic], spec: MoESpec, la
             `spec.max_replicas`; the message names the first layer and expert.
     """
     if slot_to_expert_LP.ndim != 2 or slot_to_expert_LP.shape[1] != spec.num_slots:
-        raise PlacementError(f"a placement of shape {list(slot_to_expert_LP.shape)} was given; needed [L, P={spec.num_slots}]")
+        raise PlacementError(
+            f"a placement of shape {list(slot_to_expert_LP.shape)} was given; needed [L, P={spec.num_slots}]"
+        )
     if slot_to_expert_LP.dtype.kind not in "iu":
         raise PlacementError(f"a placement holds integers, not {slot_to_expert_LP.dtype}")
     wrong = (slot_to_expert_LP < EMPTY) | (slot_to_expert_LP >= spec.num_experts)
@@ -130,7 +134,9 @@ def weighted_dispatch_row(slots: NDArray[np.int32], weights: NDArray[np.float64]
         share error, by trying every length; each by largest remainders).
     """
     if not 0 < len(slots) <= table_length or len(weights) != len(slots) or not np.all(weights > 0):
-        raise PlacementError(f"{len(slots)} slots with {len(weights)} weights do not make a dispatch row of at most {table_length}")
+        raise PlacementError(
+            f"{len(slots)} slots with {len(weights)} weights do not make a dispatch row of at most {table_length}"
+        )
     share = weights / weights.sum()
     best, best_error = np.ones(len(slots), dtype=np.int64), np.inf
     for length in range(len(slots), table_length + 1):

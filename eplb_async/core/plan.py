@@ -142,7 +142,9 @@ def decode_plan(data: bytes) -> Plan:
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise PlanInvalid(f"{len(data)} bytes on the board are not a plan: {error}") from error
     if not plan.entries or plan.generation < 1:
-        raise PlanInvalid(f"plan of generation {plan.generation} has {len(plan.entries)} entries; it needs at least one")
+        raise PlanInvalid(
+            f"plan of generation {plan.generation} has {len(plan.entries)} entries; it needs at least one"
+        )
     return plan
 
 
@@ -168,7 +170,9 @@ def validate_entry(entry: PlanEntry, base_P: IntArray, spec: MoESpec, staging_ro
     if not 0 <= entry.layer < spec.num_layers:
         raise PlanInvalid(f"{where}: layers are 0..{spec.num_layers - 1}")
     if len(entry.slots) != 4 * spec.num_slots or len(entry.moves) % 12:
-        raise PlanInvalid(f"{where}: a row of {len(entry.slots)} and moves of {len(entry.moves)} bytes do not fit the model")
+        raise PlanInvalid(
+            f"{where}: a row of {len(entry.slots)} and moves of {len(entry.moves)} bytes do not fit the model"
+        )
     row_P, moves_M3 = entry.slot_to_expert_P, entry.moves_M3
     try:
         validate_placement(row_P[None], spec)
@@ -177,14 +181,18 @@ def validate_entry(entry: PlanEntry, base_P: IntArray, spec: MoESpec, staging_ro
     incoming = np.flatnonzero((row_P != base_P) & (row_P != EMPTY))
     expert, source, destination = moves_M3.T
     if not np.array_equal(np.sort(destination), incoming):
-        raise PlanInvalid(f"{where}: its moves fill slots {np.sort(destination).tolist()}, its row changes {incoming.tolist()}")
+        raise PlanInvalid(
+            f"{where}: its moves fill slots {np.sort(destination).tolist()}, its row changes {incoming.tolist()}"
+        )
     if ((source < 0) | (source >= spec.num_slots)).any():
         raise PlanInvalid(f"{where}: a move's source is not a slot")
     if (base_P[source] != expert).any() or (row_P[destination] != expert).any():
         raise PlanInvalid(f"{where}: a move's source or destination slot does not hold its expert")
     received_R = np.bincount(destination // spec.slots_per_rank, minlength=spec.num_ranks)
     if received_R.max(initial=0) > staging_rows:
-        raise PlanInvalid(f"{where}: rank {received_R.argmax()} receives {received_R.max()} rows, staging holds {staging_rows}")
+        raise PlanInvalid(
+            f"{where}: rank {received_R.argmax()} receives {received_R.max()} rows, staging holds {staging_rows}"
+        )
     _validate_tables(entry, row_P, spec, where)
 
 

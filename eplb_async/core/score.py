@@ -50,7 +50,9 @@ def balancedness(rank_load_LR: NDArray[np.generic]) -> float:
     return float(rank_load_LR.mean(axis=-1).sum()) / peak if peak > 0 else 1.0
 
 
-def windows_par(windows_TLE: NDArray[np.generic], slot_to_expert_LP: NDArray[np.int32], topology: Topology) -> FloatArray:
+def windows_par(
+    windows_TLE: NDArray[np.generic], slot_to_expert_LP: NDArray[np.int32], topology: Topology
+) -> FloatArray:
     """Mean over windows of each layer's PAR, windows weighted by their tokens: what a step of that traffic feels.
 
     Returns:

@@ -76,7 +76,13 @@ class MoESpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     table_length: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_layers", 1), ("num_experts", 1), ("num_ranks", 1), ("num_redundant", 0), ("table_length", 0)):
+        for name, least in (
+            ("num_layers", 1),
+            ("num_experts", 1),
+            ("num_ranks", 1),
+            ("num_redundant", 0),
+            ("table_length", 0),
+        ):
             if getattr(self, name) < least:
                 raise SpecError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.num_slots % self.num_ranks:

@@ -1,4 +1,4 @@
-"""The counters of one rank and the only function that moves them by what others say. No I/O, no clock, no device.
+r"""The counters of one rank and the only function that moves them by what others say. No I/O, no clock, no device.
 
 Three packed counters (core/plan.py) that only grow, `committed <= decided <= staged`:
 
@@ -7,7 +7,7 @@ Three packed counters (core/plan.py) that only grow, `committed <= decided <= st
     decided     entries applied or dropped by the host; equal on all ranks at the same step
 
     adopt -> stage 1, 2, ... -> decide: COMMIT 1, 2, ... -> (g + 1, 0)      a plan that is applied
-                           \\-> decide: DROP             -> (g + 1, 0)      any rank failed, or contents differ
+                           \-> decide: DROP             -> (g + 1, 0)      any rank failed, or contents differ
 
 `decide` is a function of the reduced words of one step, which all ranks read alike, so all decide alike. Everything else
 a rank does on its own and only shows in its word. tests/model holds the executable specification.
@@ -27,7 +27,7 @@ class PlanFacts(Protocol):
 
     @property
     def generation(self) -> int:
-        """g."""
+        """The plan's number, g."""
         ...
 
     @property
@@ -138,5 +138,7 @@ class Agreement:
         if self.plan is None or words.staged <= self.decided:
             return Decision(Verdict.NOTHING)
         if words.least_digest != words.greatest_digest:
-            return Decision(Verdict.DROP, generation=self.generation, why="ranks hold different plans of one generation")
+            return Decision(
+                Verdict.DROP, generation=self.generation, why="ranks hold different plans of one generation"
+            )
         return Decision(Verdict.COMMIT, position=position_of(self.decided) + 1, generation=self.generation)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from eplb_async.shm.launch import daemon_running, ensure_daemon
 
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import DaemonUnavailable, SpecMismatch, TransferFailed
@@ -25,7 +26,6 @@ from eplb_async.rank.transfer.registry import open_transfer
 from eplb_async.rank.verification import ExpertFingerprints, slot_fingerprints
 from eplb_async.rank.weights import LayerTensors, WeightRows
 from eplb_async.shm.export import ExportInfo, RankExport
-from eplb_async.shm.launch import daemon_running, ensure_daemon
 from eplb_async.shm.ring import LoadRing
 from eplb_async.shm.segment import Segment, prepare_runtime_dir
 from eplb_async.shm.words import GroupInfo
@@ -180,7 +180,9 @@ class _Joining:
         for rank in range(info.spec.num_ranks):
             export = RankExport.open(info.group, rank, membership.words.incarnation)
             if export.info.transfer != self._transfer.name:
-                raise TransferFailed(f"rank {rank} moves weights by {export.info.transfer}, this rank by {self._transfer.name}")
+                raise TransferFailed(
+                    f"rank {rank} moves weights by {export.info.transfer}, this rank by {self._transfer.name}"
+                )
             self._transfer.connect(rank, export.info.exported)
             collected.append(np.array(export.fingerprints))
             export.close()

@@ -165,7 +165,9 @@ class RankHook:
         if self._closed:
             raise HookClosed(self.group, self.rank, self._closed)
         if self._running:
-            raise LifecycleError(f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called")
+            raise LifecycleError(
+                f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called"
+            )
         self._phase, self._tokens = _phase(phase), num_tokens
         try:
             self._advance()
@@ -211,7 +213,9 @@ class RankHook:
     def __enter__(self) -> "RankHook":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def _advance(self) -> None:
@@ -304,7 +308,9 @@ class RankHook:
             parts.stager.start(found)
             self._plan, self._plan_step, self._plan_since_s = found, self._step, time.monotonic()
             self._num_plans += 1
-            log.info("group %s rank %d: plan %d with %d entries begins", self.group, self.rank, generation, found.length)
+            log.info(
+                "group %s rank %d: plan %d with %d entries begins", self.group, self.rank, generation, found.length
+            )
 
     def _fail(self, generation: int, why: str) -> None:
         if self._agreement.fail(generation, why):
@@ -327,7 +333,9 @@ class _StepContext:
     def __enter__(self) -> None:
         self._hook.before_forward(self.phase, self.num_tokens)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._hook.after_forward()
         elif self._hook._running:

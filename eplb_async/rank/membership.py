@@ -82,7 +82,9 @@ class Membership:
                 raise
             if complete:
                 return
-            log.info("group %s rank %d: the incarnation ended while it formed; joining the next", self.info.group, self.rank)
+            log.info(
+                "group %s rank %d: the incarnation ended while it formed; joining the next", self.info.group, self.rank
+            )
             self.leave()
 
     def leave(self) -> None:

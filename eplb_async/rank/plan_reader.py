@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from eplb_async.core.errors import PlanInvalid
-from eplb_async.core.plan import Plan, PlanEntry, counter, decode_plan, validate_entry
 from eplb_async.core.placement import IntArray, expert_to_slots
+from eplb_async.core.plan import Plan, PlanEntry, counter, decode_plan, validate_entry
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.streams import Completion, Stream
 from eplb_async.rank.transfer.base import Pull
@@ -136,11 +136,15 @@ class PlanReader:
         entries = []
         for position, entry in enumerate(plan.entries, start=1):
             if not 0 <= entry.layer < self._spec.num_layers:
-                raise PlanInvalid(f"entry {position} is for layer {entry.layer}; layers are 0..{self._spec.num_layers - 1}")
+                raise PlanInvalid(
+                    f"entry {position} is for layer {entry.layer}; layers are 0..{self._spec.num_layers - 1}"
+                )
             before = previous.get(entry.layer, 0)
             version = counter(plan.generation, before) if before else snapshot.versions[entry.layer]
             if entry.base_version != version:
-                raise PlanInvalid(f"layer {entry.layer} is at version {version:#x}, the plan starts from {entry.base_version:#x}")
+                raise PlanInvalid(
+                    f"layer {entry.layer} is at version {version:#x}, the plan starts from {entry.base_version:#x}"
+                )
             validate_entry(entry, rows.get(entry.layer, snapshot.rows_LP[entry.layer]), self._spec, self._staging_rows)
             entries.append(self._entry(entry, position, before))
             rows[entry.layer], previous[entry.layer] = entry.slot_to_expert_P, position

@@ -18,7 +18,9 @@ def check_load(load: torch.Tensor, spec: MoESpec, kind: LoadKind | None) -> Load
         SpecError: not int32, not contiguous, or a shape that fits no reading (see core.load.load_kind).
     """
     if load.dtype != torch.int32 or not load.is_contiguous():
-        raise SpecError(f"the load tensor is {load.dtype} with strides {list(load.stride())}; needed contiguous torch.int32")
+        raise SpecError(
+            f"the load tensor is {load.dtype} with strides {list(load.stride())}; needed contiguous torch.int32"
+        )
     return load_kind(load.shape, spec, kind)
 
 

@@ -1,7 +1,7 @@
-"""Staging: pulling the incoming experts of the active plan beside the forward, entry by entry, within a budget per step.
+r"""Staging: pulling the incoming experts of the active plan beside the forward, entry by entry, within a budget per step.
 
     waiting -> pulling -> staged -> released        an entry; `staged` in plan order only
-                  \\-> orphaned -> ended             its plan was dropped: its pulls must end before `committed` moves on
+                  \-> orphaned -> ended             its plan was dropped: its pulls must end before `committed` moves on
 
 An entry starts when enough staging rows are free and, if an earlier entry changes the same layer, once every rank has
 committed that one (I12): its sources are live only then. Rows are free again when the own commit has ended (I13).

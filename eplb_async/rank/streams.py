@@ -67,6 +67,6 @@ class HostStream:
             job, completion = item
             try:
                 completion.result = job()
-            except Exception as error:  # handed to whoever polls the completion
+            except Exception as error:  # noqa: BLE001 (handed to whoever polls the completion)
                 completion.error = error
             completion.done = True

@@ -42,7 +42,9 @@ class WeightRows:
 
     def __init__(self, weights_per_layer: Sequence[LayerTensors], spec: MoESpec) -> None:
         if len(weights_per_layer) != spec.num_layers:
-            raise SpecError(f"weights of {len(weights_per_layer)} layers were given; the spec has {spec.num_layers} MoE layers")
+            raise SpecError(
+                f"weights of {len(weights_per_layer)} layers were given; the spec has {spec.num_layers} MoE layers"
+            )
         self.rows: list[list[torch.Tensor]] = []
         description: list[str] = []
         for layer, tensors in enumerate(weights_per_layer):
@@ -65,7 +67,9 @@ def _byte_rows(layer: int, name: str, tensor: torch.Tensor, spec: MoESpec) -> to
     if tensor.numel() == 0:
         raise SpecError(f"{where}: it is empty; leave tensors without data out")
     if not tensor[0].is_contiguous():
-        raise SpecError(f"{where}: rows are not contiguous (strides {list(tensor.stride())}); pass tensor.contiguous() memory")
+        raise SpecError(
+            f"{where}: rows are not contiguous (strides {list(tensor.stride())}); pass tensor.contiguous() memory"
+        )
     row_elements = math.prod(tensor.shape[1:])
     if spec.slots_per_rank > 1 and tensor.stride(0) < row_elements:
         raise SpecError(f"{where}: rows overlap (strides {list(tensor.stride())}); every slot needs memory of its own")

@@ -26,7 +26,7 @@ from eplb_async.shm.atomics import atomics
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
 
-__all__ = ["Posted", "PlanBoard"]
+__all__ = ["PlanBoard", "Posted"]
 
 LAYOUT = "board: sequence 64, abort 64, generation length digest checksum 64, plan"
 _SEQUENCE, _ABORT, _FIELDS, _PLAN = 0, 64, 128, 192
@@ -71,7 +71,9 @@ class PlanBoard:
         """
         segment = Segment.open(segment_name(group, "board"), LAYOUT)
         if segment.header.incarnation != incarnation:
-            raise SegmentRefused(segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}")
+            raise SegmentRefused(
+                segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
+            )
         return cls(segment)
 
     @property
@@ -91,7 +93,9 @@ class PlanBoard:
             PlanInvalid: it does not fit.
         """
         if len(data) > self.capacity:
-            raise PlanInvalid(f"a plan of {len(data):,} bytes does not fit a board of {self.capacity:,}; move fewer layers at once")
+            raise PlanInvalid(
+                f"a plan of {len(data):,} bytes does not fit a board of {self.capacity:,}; move fewer layers at once"
+            )
         digest = plan_digest(data)
         odd = self.sequence | 1
         self._atomics.store_then_fence(self._address + _SEQUENCE, odd)

@@ -72,7 +72,9 @@ class RankExport:
         """
         segment = Segment.open(segment_name(group, f"export.{rank}"), LAYOUT)
         if segment.header.incarnation != incarnation:
-            raise SegmentRefused(segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}")
+            raise SegmentRefused(
+                segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
+            )
         return cls(segment, msgspec.json.decode(segment.header.text, type=ExportInfo))
 
     def close(self) -> None:

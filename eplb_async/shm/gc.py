@@ -38,10 +38,10 @@ def stale_segments(group: str | None = None) -> list[StaleSegment]:
             continue
         pid, start, size = _owner(name)
         members = _living_members(owner_group)
-        if members or owner_alive(pid, start):
-            # a dead rank's own segments go even while the others live
-            if kind in ("group", "board", "live") or owner_alive(pid, start):
-                continue
+        # a dead rank's own segments go even while the others live
+        shared = kind in ("group", "board", "live")
+        if owner_alive(pid, start) or (members and shared):
+            continue
         why = f"process {pid} is gone" if pid else "it has no readable header"
         found.append(StaleSegment(name, size, why))
     return found

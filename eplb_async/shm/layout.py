@@ -1,14 +1,14 @@
-"""Names and headers of shared segments.
+r"""Names and headers of shared segments.
 
 A segment is called /eplb_async.<uid>.<group>.<kind>, mode 0600. Kinds: `group` (members and agreement words), `board`,
 `live`, and per rank `ring.<r>`, `export.<r>`, `weights.<r>`. Each begins with the same header, then a JSON text, then
 data from the next multiple of 4096 bytes:
 
-    byte    0  magic            8 bytes, "EPLBASY\\n"
+    byte    0  magic            8 bytes, "EPLBASY\n"
             8  version          u64, of the bytes of all kinds together
            16  layout hash      u64, of the kind and what its fields are
            24  incarnation      u64, of the group; 0 for segments that outlive one
-           32  owner pid        u64 \\  the process that created it
+           32  owner pid        u64 \  the process that created it
            40  owner start      u64 /  and when that process started, in clock ticks since boot
            48  size             u64, of the whole segment
            56  text length      u64, bytes of JSON from byte 128

@@ -57,7 +57,9 @@ class LivePlacement:
         """
         segment = Segment.open(segment_name(group, "live"), LAYOUT)
         if segment.header.incarnation != incarnation:
-            raise SegmentRefused(segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}")
+            raise SegmentRefused(
+                segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
+            )
         return cls(segment, spec)
 
     def commit(self, layer: int, row_P: IntArray, version: int) -> None:

@@ -122,7 +122,8 @@ class LoadRing:
         self._atomics.store_then_fence(self._address + _RESERVED, self._written + 1)
         place = self._written % self.info.num_records
         self._fields[place] = (step, PHASES.index(phase), version, tokens)
-        return self._counts[place]
+        counts: NDArray[np.int32] = self._counts[place]
+        return counts
 
     def publish(self) -> None:
         """Finish the record that `begin` claimed, once its counts are there."""
@@ -147,5 +148,6 @@ class LoadRing:
 
     def close(self) -> None:
         """Drop the mapping."""
-        self._bytes = self._fields = self._counts = np.empty((0, 0, 0))
+        self._bytes = np.empty(0, dtype=np.uint8)
+        self._fields, self._counts = np.empty(0, dtype=np.int64), np.empty((0, 0, 0), dtype=np.int32)
         self.segment.close()

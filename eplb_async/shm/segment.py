@@ -98,9 +98,13 @@ class Segment:
             status = os.fstat(shared.fd)
             mode = stat.S_IMODE(status.st_mode)
             if status.st_uid != os.geteuid() or mode & 0o077:
-                raise SegmentRefused(name, f"owner {status.st_uid} and mode {mode:04o}", f"owner {os.geteuid()} and mode 0600")
+                raise SegmentRefused(
+                    name, f"owner {status.st_uid} and mode {mode:04o}", f"owner {os.geteuid()} and mode 0600"
+                )
             if status.st_size < READY_OFFSET + 8:
-                raise SegmentRefused(name, f"{status.st_size} bytes", "a whole header (its creator may not have finished)")
+                raise SegmentRefused(
+                    name, f"{status.st_size} bytes", "a whole header (its creator may not have finished)"
+                )
             mapping = mmap.mmap(shared.fd, status.st_size)
         finally:
             shared.close_fd()

@@ -60,7 +60,9 @@ class GroupInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """What differs between two descriptions, for people."""
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__ if name != "spec"]
         pairs += [(name, getattr(self.spec, name), getattr(other.spec, name)) for name in self.spec.__struct_fields__]
-        return [f"{name} is {ours!r} here and {theirs!r} in the group" for name, ours, theirs in pairs if ours != theirs]
+        return [
+            f"{name} is {ours!r} here and {theirs!r} in the group" for name, ours, theirs in pairs if ours != theirs
+        ]
 
 
 class MemberState(IntEnum):

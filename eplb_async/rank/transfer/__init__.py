@@ -1,0 +1,3 @@
+"""Ways of moving weights between ranks."""
+
+__all__: list[str] = []

@@ -33,4 +33,6 @@ def open_transfer(weights: Sequence[LayerTensors], rows: WeightRows, num_staging
             "weights = share_weights(group, rank, weights_per_layer) (eplb_async.rank.transfer.shm), compute with the "
             "tensors in it, and pass it to attach"
         )
-    raise SpecError(f"weights on {device} cannot be moved by this version; it moves weights in shared memory on the CPU")
+    raise SpecError(
+        f"weights on {device} cannot be moved by this version; it moves weights in shared memory on the CPU"
+    )

@@ -63,7 +63,9 @@ def share_weights(group: str, rank: int, weights_per_layer: Sequence[LayerTensor
     Raises:
         NoSharedMemory: no room, or a living process shares weights as this rank of this group.
     """
-    named = [{name: tensor.contiguous() for name, tensor in named_tensors(layer).items()} for layer in weights_per_layer]
+    named = [
+        {name: tensor.contiguous() for name, tensor in named_tensors(layer).items()} for layer in weights_per_layer
+    ]
     offsets, end = [], 0
     for tensors in named:
         for tensor in tensors.values():
@@ -118,7 +120,8 @@ class ShmTransfer(Transfer):
         """See Transfer."""
         base = self._shared.segment.address
         tensors = [
-            [(tensor.data_ptr() - base, tensor.stride(0), tensor.shape[1]) for tensor in layer] for layer in self.weights.rows
+            [(tensor.data_ptr() - base, tensor.stride(0), tensor.shape[1]) for tensor in layer]
+            for layer in self.weights.rows
         ]
         return msgspec.json.encode(_Export(segment=self._shared.segment.name, tensors=tensors))
 
@@ -132,7 +135,9 @@ class ShmTransfer(Transfer):
         memory = torch.from_numpy(segment.array(np.uint8, (segment.header.size - segment.header.data_offset,)))
         own = [[tensor.shape for tensor in layer] for layer in self.weights.rows]
         slots = self.weights.rows[0][0].shape[0]
-        if [[(slots, size) for *_, size in layer] for layer in export.tensors] != [[tuple(s) for s in layer] for layer in own]:
+        if [[(slots, size) for *_, size in layer] for layer in export.tensors] != [
+            [tuple(s) for s in layer] for layer in own
+        ]:
             raise TransferFailed(f"the weights of rank {rank} have other shapes than those of this rank")
         self._segments.append(segment)
         self._peers[rank] = [
