@@ -58,6 +58,9 @@ class Decision(NamedTuple):
     why: str = ""
 
 
+_NOTHING = Decision(Verdict.NOTHING)
+
+
 class Agreement:
     """Counters of one rank in one incarnation. Only the thread that steps may call it.
 
@@ -89,6 +92,8 @@ class Agreement:
     def decide(self, words: Reduced) -> Decision:
         """Act on the words of step s - lag (I2): an error wins, else at most one entry is committed."""
         decision = self._verdict(words)
+        if decision is _NOTHING:
+            return decision
         if decision.verdict is Verdict.DROP:
             self.decided = counter(decision.generation + 1, 0)
             self.plan = None
@@ -136,7 +141,7 @@ class Agreement:
         if words.error >= self.generation:
             return Decision(Verdict.DROP, generation=words.error, why="a rank asked for it")
         if self.plan is None or words.staged <= self.decided:
-            return Decision(Verdict.NOTHING)
+            return _NOTHING
         if words.least_digest != words.greatest_digest:
             return Decision(
                 Verdict.DROP, generation=self.generation, why="ranks hold different plans of one generation"

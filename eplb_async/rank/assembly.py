@@ -101,19 +101,13 @@ def assemble(request: AttachRequest) -> Parts:
     name = f"eplb-transfer-{request.group}-{request.rank}"
     transfer = open_transfer(request.weights, rows, request.staging_rows, name)
     try:
-        _find_daemon(request.daemon, settings)
+        if request.daemon == "required" and not daemon_running(settings):
+            raise DaemonUnavailable(str(directory))
         joining = _Joining(request, info, placement_LP, kind, transfer)
         return joining.join(directory)
     except BaseException:
         transfer.close()
         raise
-
-
-def _find_daemon(choice: str, settings: Settings) -> None:
-    if choice == "auto":
-        ensure_daemon(settings)
-    elif choice == "required" and not daemon_running(settings):
-        raise DaemonUnavailable(str(settings.directory))
 
 
 class _Joining:
@@ -133,7 +127,7 @@ class _Joining:
     def join(self, directory: Path) -> Parts:
         request, info, settings = self._request, self._info, self._request.settings
         membership = Membership(info, request.rank, directory)
-        membership.join(self._placement_LP, self._publish, settings.hook.attach_deadline_s)
+        membership.join(self._placement_LP, self._publish, self._start_daemon, settings.hook.attach_deadline_s)
         try:
             fingerprints = self._connect(membership)
         except BaseException:
@@ -170,6 +164,11 @@ class _Joining:
             self._ring.segment.unlink()
             raise
         return [self._ring.segment, export.segment]
+
+    def _start_daemon(self) -> None:
+        # an idle daemon may be about to stop: with the group's segments there, it sees them or we see that it is gone
+        if self._request.daemon == "auto":
+            ensure_daemon(self._request.settings)
 
     def _connect(self, membership: Membership) -> ExpertFingerprints | None:
         """Reach every rank's weights, the own ones included, and collect the fingerprints."""

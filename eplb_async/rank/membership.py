@@ -51,12 +51,19 @@ class Membership:
         self.live: LivePlacement
         self.own: list[Segment] = []
 
-    def join(self, placement_LP: IntArray, publish: Callable[[int], list[Segment]], deadline_s: float) -> None:
+    def join(
+        self,
+        placement_LP: IntArray,
+        publish: Callable[[int], list[Segment]],
+        before_ready: Callable[[], None],
+        deadline_s: float,
+    ) -> None:
         """Attach; returns when all ranks of the incarnation are READY.
 
         Args:
             placement_LP: the placement in which this rank's weights are loaded.
             publish: makes this rank's own segments for an incarnation; called once per try, before READY.
+            before_ready: called once the group's segments and the own ones exist.
             deadline_s: for all of it.
 
         Raises:
@@ -69,6 +76,7 @@ class Membership:
                     self._enter(placement_LP)
                     self._remove_own_names()
                     self.own = publish(self.words.incarnation)
+                    before_ready()
                     self.words.set_state(self.rank, MemberState.READY)
             except TimeoutError as error:
                 raise AttachTimeout(self.info.group, [], self.info.spec.num_ranks, deadline_s) from error

@@ -138,6 +138,43 @@ done:
   call void @set_field(i64 %out, i64 4, i64 %x)
   ret i64 -1
 }
+
+; The same two with their arguments in a block of int64, because a call from Python costs by the argument.
+; block: 0 own records, 1 address of the own newest step, 2 history, 3 step, 4 to 7 counters, 8 all records, 9 ranks,
+; 10 stride, 11 step to reduce, 12 to 16 result. Steps are not negative.
+define void @publish_step(i64 %block) {
+  %records = call i64 @field(i64 %block, i64 0)
+  %newest = call i64 @field(i64 %block, i64 1)
+  %history = call i64 @field(i64 %block, i64 2)
+  %step = call i64 @field(i64 %block, i64 3)
+  %staged = call i64 @field(i64 %block, i64 4)
+  %committed = call i64 @field(i64 %block, i64 5)
+  %error = call i64 @field(i64 %block, i64 6)
+  %digest = call i64 @field(i64 %block, i64 7)
+  %place = urem i64 %step, %history
+  %offset = shl i64 %place, 6
+  %record = add i64 %records, %offset
+  call void @publish_word(i64 %record, i64 %step, i64 %staged, i64 %committed, i64 %error, i64 %digest)
+  call void @store_release(i64 %newest, i64 %step)
+  ret void
+}
+define i64 @reduce_step(i64 %block) {
+  %history = call i64 @field(i64 %block, i64 2)
+  %records = call i64 @field(i64 %block, i64 8)
+  %ranks = call i64 @field(i64 %block, i64 9)
+  %stride = call i64 @field(i64 %block, i64 10)
+  %step = call i64 @field(i64 %block, i64 11)
+  ; steps before 0 have their places at the end of the ring
+  %rest = srem i64 %step, %history
+  %below = icmp slt i64 %rest, 0
+  %raised = add i64 %rest, %history
+  %place = select i1 %below, i64 %raised, i64 %rest
+  %offset = shl i64 %place, 6
+  %first = add i64 %records, %offset
+  %out = add i64 %block, 96
+  %missing = call i64 @reduce_words(i64 %first, i64 %ranks, i64 %stride, i64 %step, i64 %out)
+  ret i64 %missing
+}
 """
 
 
@@ -152,6 +189,7 @@ class Atomics(NamedTuple):
         publish_word: (record, step, staged, committed, error, digest).
         reduce_words: (first record, ranks, stride in bytes, step, address of five int64 for the result) -> -1, or the
             first rank whose record is not of that step, with the step found in the first of the five.
+        publish_step, reduce_step: the two above for one step of one rank, arguments in a block (see the source).
     """
 
     load_acquire: Callable[[int], int]
@@ -160,6 +198,8 @@ class Atomics(NamedTuple):
     fence_then_load: Callable[[int], int]
     publish_word: Callable[[int, int, int, int, int, int], None]
     reduce_words: Callable[[int, int, int, int, int], int]
+    publish_step: Callable[[int], None]
+    reduce_step: Callable[[int], int]
 
 
 _SHAPES = {  # name -> (returns a value, number of arguments)
@@ -169,6 +209,8 @@ _SHAPES = {  # name -> (returns a value, number of arguments)
     "fence_then_load": (True, 1),
     "publish_word": (False, 6),
     "reduce_words": (True, 5),
+    "publish_step": (False, 1),
+    "reduce_step": (True, 1),
 }
 
 # the code lives as long as its engine; lru_cache keeps both for the life of the process

@@ -2,7 +2,7 @@
 
     data   0  sequence       i64: odd while the daemon writes, even else
           64  abort          i64: plans of this generation and below are to be dropped; only grows
-         128  generation, length, digest, checksum of the plan, i64 each
+         128  generation, length, digest, checksum of these three and of the plan, i64 each
          192  the plan       `length` bytes
 
     writer   sequence := odd; fence; generation ... plan; sequence := even (release)
@@ -14,6 +14,7 @@ number. The plan before is not needed then, since the board is rewritten only wh
 The abort word lies outside the sequence, so that a plan can be aborted without being rewritten.
 """
 
+import struct
 import zlib
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from eplb_async.shm.segment import Segment
 __all__ = ["PlanBoard", "Posted"]
 
 LAYOUT = "board: sequence 64, abort 64, generation length digest checksum 64, plan"
+_CHECKED = struct.Struct("<3q")
 _SEQUENCE, _ABORT, _FIELDS, _PLAN = 0, 64, 128, 192
 
 
@@ -99,7 +101,7 @@ class PlanBoard:
         digest = plan_digest(data)
         odd = self.sequence | 1
         self._atomics.store_then_fence(self._address + _SEQUENCE, odd)
-        self._fields[:] = (generation, len(data), digest, zlib.crc32(data))
+        self._fields[:] = (generation, len(data), digest, _checksum(generation, digest, data))
         self._plan[: len(data)] = np.frombuffer(data, dtype=np.uint8)
         self._atomics.store_release(self._address + _SEQUENCE, odd + 1)
         return digest
@@ -122,7 +124,7 @@ class PlanBoard:
         data = self._plan[: max(0, min(length, self.capacity))].tobytes()
         if self._atomics.fence_then_load(self._address + _SEQUENCE) != before:
             return None
-        if length != len(data) or zlib.crc32(data) != checksum:
+        if length != len(data) or _checksum(generation, digest, data) != checksum:
             raise PlanInvalid(f"plan of generation {generation} on {self.segment.name} is damaged (checksum)")
         return Posted(generation, digest, data)
 
@@ -130,3 +132,7 @@ class PlanBoard:
         """Drop the mapping."""
         self._fields = self._plan = np.empty(0)
         self.segment.close()
+
+
+def _checksum(generation: int, digest: int, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(_CHECKED.pack(generation, len(data), digest)))

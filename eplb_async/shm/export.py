@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_async.core.errors import SegmentRefused
-from eplb_async.shm.layout import segment_name
+from eplb_async.shm.layout import decode_text, segment_name
 from eplb_async.shm.segment import Segment
 
 __all__ = ["ExportInfo", "RankExport"]
@@ -75,7 +75,7 @@ class RankExport:
             raise SegmentRefused(
                 segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
             )
-        return cls(segment, msgspec.json.decode(segment.header.text, type=ExportInfo))
+        return cls(segment, decode_text(segment.name, segment.header.text, ExportInfo))
 
     def close(self) -> None:
         """Drop the mapping."""

@@ -7,6 +7,8 @@ they are stale as soon as that process is gone. Nothing that a living process ma
 
 import os
 import struct
+import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import posix_ipc
@@ -20,6 +22,8 @@ __all__ = ["StaleSegment", "collect_garbage", "stale_segments"]
 
 _OWNER = struct.Struct("<QQ")
 _OWNER_OFFSET = 32
+_GRACE_S = 5.0
+"""A segment without a whole header may be in the making: it is left alone until it has not changed for so long."""
 
 
 class StaleSegment(NamedTuple):
@@ -32,25 +36,14 @@ class StaleSegment(NamedTuple):
 
 def stale_segments(group: str | None = None) -> list[StaleSegment]:
     """This user's stale segments, of one group or of all."""
-    found = []
-    for name, owner_group, kind in list_segments():
-        if group not in (None, owner_group):
-            continue
-        pid, start, size = _owner(name)
-        members = _living_members(owner_group)
-        # a dead rank's own segments go even while the others live
-        shared = kind in ("group", "board", "live")
-        if owner_alive(pid, start) or (members and shared):
-            continue
-        why = f"process {pid} is gone" if pid else "it has no readable header"
-        found.append(StaleSegment(name, size, why))
-    return found
+    return list(_each_stale(group))
 
 
 def collect_garbage(group: str | None = None) -> list[StaleSegment]:
     """Remove what `stale_segments` finds; returns what was removed."""
     removed = []
-    for stale in stale_segments(group):
+    # each is looked at right before it goes: a rank that attaches meanwhile gives old names to new segments
+    for stale in _each_stale(group):
         try:
             posix_ipc.unlink_shared_memory(stale.name)
         except posix_ipc.ExistentialError:
@@ -59,25 +52,40 @@ def collect_garbage(group: str | None = None) -> list[StaleSegment]:
     return removed
 
 
-def _owner(name: str) -> tuple[int, int, int]:
-    """(pid, start, bytes) from the raw header, checked or not: damaged segments must be removable too."""
+def _each_stale(group: str | None) -> Iterator[StaleSegment]:
+    for name, owner_group, kind in list_segments():
+        if group not in (None, owner_group):
+            continue
+        pid, start, size, age_s = _owner(name)
+        members = _living_members(owner_group)
+        # a dead rank's own segments go even while the others live
+        shared = kind in ("group", "board", "live")
+        if owner_alive(pid, start) or (members and shared) or (not pid and age_s < _GRACE_S):
+            continue
+        why = f"process {pid} is gone" if pid else "it has no readable header"
+        yield StaleSegment(name, size, why)
+
+
+def _owner(name: str) -> tuple[int, int, int, float]:
+    """(pid, start, bytes, age) from the raw header, checked or not: damaged segments must be removable too."""
     try:
         with open(SHM_DIRECTORY / name[1:], "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
             head = file.read(_OWNER_OFFSET + _OWNER.size)
     except OSError:
-        return 0, 0, 0
+        return 0, 0, 0, 0.0
+    age_s = time.time() - status.st_mtime
     if len(head) < _OWNER_OFFSET + _OWNER.size:
-        return 0, 0, size
+        return 0, 0, status.st_size, age_s
     pid, start = _OWNER.unpack_from(head, _OWNER_OFFSET)
-    return (pid, start, size) if pid < 1 << 32 else (0, 0, size)
+    return (pid, start, status.st_size, age_s) if pid < 1 << 32 else (0, 0, status.st_size, age_s)
 
 
 def _living_members(group: str) -> list[int]:
     try:
         words = AgreementWords.open(group)
+        living = [rank for rank in range(words.num_ranks) if words.member(rank).alive]
     except (SegmentMissing, SegmentRefused):
         return []
-    living = [rank for rank in range(words.num_ranks) if words.member(rank).alive]
     words.close()
     return living

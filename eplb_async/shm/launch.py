@@ -4,6 +4,7 @@
     start.lock    held while somebody starts a daemon, and by a daemon that is about to stop because it is idle
     daemon.sock   the control socket
     daemon.log    standard error of daemons that ranks started
+    GROUP.lock    held by ranks while they attach; a daemon serves the groups that have one in its directory
 
 Ranks create their group segment first and ask for a daemon then. A daemon stops as idle only while it holds start.lock
 and sees no living group, and keeps that lock until daemon.lock is free. So either it sees the group, or the rank sees
@@ -23,7 +24,15 @@ from eplb_async.core.config import Settings, child_environment, settings_environ
 from eplb_async.core.errors import DaemonUnavailable
 from eplb_async.shm.segment import file_lock, prepare_runtime_dir
 
-__all__ = ["daemon_lock_path", "daemon_running", "ensure_daemon", "log_path", "socket_path", "start_lock_path"]
+__all__ = [
+    "daemon_lock_path",
+    "daemon_running",
+    "ensure_daemon",
+    "group_lock_path",
+    "log_path",
+    "socket_path",
+    "start_lock_path",
+]
 
 IDLE_S = 60
 """A daemon that a rank started stops after so long without a group."""
@@ -41,6 +50,11 @@ def daemon_lock_path(directory: Path) -> Path:
 def start_lock_path(directory: Path) -> Path:
     """The lock of those who start a daemon."""
     return directory / "start.lock"
+
+
+def group_lock_path(directory: Path, group: str) -> Path:
+    """The lock of the ranks of a group; it exists from before their segments do."""
+    return directory / f"{group}.lock"
 
 
 def socket_path(directory: Path) -> Path:

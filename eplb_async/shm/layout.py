@@ -14,7 +14,7 @@ data from the next multiple of 4096 bytes:
            56  text length      u64, bytes of JSON from byte 128
            64  data offset      u64
            72  checksum         u64, CRC-32 of bytes 0 to 72 and of the text
-           80  ready            i64, 1 once all of the above is written (release store)
+           80  ready            i64, 1 once all of the above is written (release store); zeros from here
           128  JSON text
 """
 
@@ -24,11 +24,22 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from eplb_async.core.errors import SegmentRefused
 
-__all__ = ["DATA_ALIGNMENT", "READY_OFFSET", "Header", "owner_alive", "parse_name", "process_start", "segment_name"]
+__all__ = [
+    "DATA_ALIGNMENT",
+    "READY_OFFSET",
+    "Header",
+    "decode_text",
+    "owner_alive",
+    "parse_name",
+    "process_start",
+    "segment_name",
+]
 
 MAGIC = b"EPLBASY\n"
 VERSION = 1
@@ -38,6 +49,8 @@ DATA_ALIGNMENT = 4096
 
 _FIXED = struct.Struct("<8s8Q")
 _CHECKSUM = struct.Struct("<Q")
+
+Text = TypeVar("Text", bound=msgspec.Struct)
 
 
 def segment_name(group: str, kind: str) -> str:
@@ -54,12 +67,12 @@ def parse_name(name: str) -> tuple[int, str, str] | None:
 def process_start(pid: int) -> int:
     """When a process started, in clock ticks since boot; 0 if there is none (or only its unreaped rest)."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        line = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return 0
-    # the second field is the command's name in parentheses and may hold anything
-    fields = text.rpartition(")")[2].split()
-    return 0 if fields[0] in "ZX" else int(fields[19])
+    # the second field is the command's name in parentheses and may hold any bytes
+    fields = line.rpartition(b")")[2].split()
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def owner_alive(pid: int, start: int) -> bool:
@@ -120,6 +133,8 @@ class Header(NamedTuple):
         _, version, layout_hash, incarnation, pid, start, size, length, offset = _FIXED.unpack_from(data)
         if version != VERSION:
             raise SegmentRefused(name, f"version {version}", f"version {VERSION} (run the same release everywhere)")
+        if any(data[READY_OFFSET + 8 : TEXT_OFFSET]):
+            raise SegmentRefused(name, "a header with bytes where there are no fields", "an undamaged segment")
         if size != len(data) or TEXT_OFFSET + length > size:
             raise SegmentRefused(name, f"{len(data)} bytes with a header for {size}", "an undamaged segment")
         text = bytes(data[TEXT_OFFSET : TEXT_OFFSET + length])
@@ -130,3 +145,15 @@ class Header(NamedTuple):
         if layout_hash != cls.hash_of(layout):
             raise SegmentRefused(name, f"layout {layout_hash:016x}", f"layout {cls.hash_of(layout):016x}")
         return header
+
+
+def decode_text(name: str, text: bytes, kind: type[Text]) -> Text:
+    """The text of a segment as what its kind says it is.
+
+    Raises:
+        SegmentRefused: it is something else, as another release may have written it.
+    """
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SegmentRefused(name, f"a text that is not {kind.__name__} ({error})", "one of this release") from error

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.shm.atomics import atomics
-from eplb_async.shm.layout import segment_name
+from eplb_async.shm.layout import decode_text, segment_name
 from eplb_async.shm.segment import Segment
 
 __all__ = ["Batch", "LoadRing", "RingInfo"]
@@ -106,7 +106,7 @@ class LoadRing:
         if segment.header.incarnation != incarnation:
             found = f"incarnation {segment.header.incarnation}"
             raise SegmentRefused(segment.name, found, f"incarnation {incarnation}")
-        return cls(segment, msgspec.json.decode(segment.header.text, type=RingInfo))
+        return cls(segment, decode_text(segment.name, segment.header.text, RingInfo))
 
     @property
     def num_published(self) -> int:

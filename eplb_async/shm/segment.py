@@ -62,6 +62,8 @@ class Segment:
         except (OSError, posix_ipc.Error) as error:
             raise NoSharedMemory(name, size, str(error)) from error
         try:
+            # the owner is named before anything that takes long, so that gc sees whose it is
+            os.pwrite(shared.fd, header.encode(), 0)
             # ftruncate alone would succeed without room, and the first touch would then kill us with SIGBUS
             os.posix_fallocate(shared.fd, 0, size)
             mapping = mmap.mmap(shared.fd, size)
@@ -72,7 +74,6 @@ class Segment:
             raise NoSharedMemory(name, size, why) from error
         finally:
             shared.close_fd()
-        mapping[: header.data_offset] = header.encode().ljust(header.data_offset, b"\0")
         return cls(name, header, mapping, inode)
 
     def publish(self) -> "Segment":
@@ -163,13 +164,25 @@ class Segment:
 
 
 def list_segments() -> list[tuple[str, str, str]]:
-    """(name, group, kind) of this user's segments on this host, sorted."""
+    """(name, group, kind) of this user's segments on this host, sorted.
+
+    What others have put under such a name, and what is no regular file, is left out.
+    """
     found = []
-    for entry in sorted(os.listdir(SHM_DIRECTORY)):
-        parsed = parse_name(entry)
-        if parsed and parsed[0] == os.getuid():
-            found.append(("/" + entry, parsed[1], parsed[2]))
-    return found
+    with os.scandir(SHM_DIRECTORY) as entries:
+        for entry in entries:
+            parsed = parse_name(entry.name)
+            if parsed and parsed[0] == os.getuid() and _is_own_file(entry):
+                found.append(("/" + entry.name, parsed[1], parsed[2]))
+    return sorted(found)
+
+
+def _is_own_file(entry: "os.DirEntry[str]") -> bool:
+    try:
+        status = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def prepare_runtime_dir(directory: Path) -> Path:

@@ -16,6 +16,7 @@ error instead of a wrong decision. The order "step first, then fields" would let
 counters; the release store forbids that, the invalid step and its fence forbid the reverse for slow readers.
 """
 
+import ctypes
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -23,10 +24,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.plan import FIRST_COUNTER, NO_PLAN
 from eplb_async.core.spec import MoESpec
 from eplb_async.shm.atomics import atomics
-from eplb_async.shm.layout import owner_alive, process_start, segment_name
+from eplb_async.shm.layout import decode_text, owner_alive, process_start, segment_name
 from eplb_async.shm.segment import Segment
 
 __all__ = ["AgreementWords", "GroupInfo", "Member", "MemberState", "Reduced", "Word"]
@@ -117,9 +119,10 @@ class AgreementWords:
         self._members = segment.address + LINE
         self._words = self._members + LINE * self.num_ranks
         self._stride = LINE * self.history
-        self._out = np.zeros(5, dtype=np.int64)
-        self._out_address = int(self._out.ctypes.data)
         self._atomics = atomics()
+        self._block = (ctypes.c_int64 * 17)(0, 0, self.history, 0, 0, 0, 0, 0, self._words, self.num_ranks, self._stride)
+        self._block_address = ctypes.addressof(self._block)
+        self._bound_rank = -1
 
     @classmethod
     def create(cls, info: GroupInfo, incarnation: int) -> "AgreementWords":
@@ -149,7 +152,10 @@ class AgreementWords:
             SegmentMissing, SegmentRefused: see Segment.open.
         """
         segment = Segment.open(segment_name(group, "group"), LAYOUT)
-        return cls(segment, msgspec.json.decode(segment.header.text, type=GroupInfo))
+        words = cls(segment, decode_text(segment.name, segment.header.text, GroupInfo))
+        # the words are read by address, which nothing checks later
+        segment.array(np.uint8, (LINE * (1 + words.num_ranks * (1 + words.history)),))
+        return words
 
     @property
     def incarnation(self) -> int:
@@ -166,9 +172,16 @@ class AgreementWords:
         self._atomics.store_release(self.segment.address, 1)
 
     def member(self, rank: int) -> Member:
-        """The line of one rank; for any process."""
+        """The line of one rank; for any process.
+
+        Raises:
+            SegmentRefused: the line is damaged.
+        """
         load, line = self._atomics.load_acquire, self._member(rank)
-        return Member(MemberState(load(line + _STATE)), load(line + _PID), load(line + _START), load(line + _NEWEST))
+        state = load(line + _STATE)
+        if not MemberState.FREE <= state <= MemberState.LEFT:
+            raise SegmentRefused(self.segment.name, f"state {state} of rank {rank}", "an undamaged member table")
+        return Member(MemberState(state), load(line + _PID), load(line + _START), load(line + _NEWEST))
 
     def join(self, rank: int, pid: int) -> None:
         """Enter this process as a rank; the caller holds the group's lock."""
@@ -182,17 +195,22 @@ class AgreementWords:
         self._atomics.store_release(self._member(rank) + _STATE, state)
 
     def publish(self, rank: int, step: int, counters: tuple[int, int, int, int]) -> None:
-        """Write the own word for a step: (staged, committed, error, digest)."""
-        self._publish(rank, step, step, counters)
-        self._atomics.store_release(self._member(rank) + _NEWEST, step)
+        """Write the own word for a step >= 0: (staged, committed, error, digest)."""
+        block = self._block
+        if rank != self._bound_rank:
+            block[0], block[1] = self._words + self._stride * rank, self._members + LINE * rank + _NEWEST
+            self._bound_rank = rank
+        block[3:8] = (step, *counters)
+        self._atomics.publish_step(self._block_address)
 
     def reduce(self, step: int) -> Reduced | tuple[int, int]:
         """The reduced words of all ranks for a step, or (rank, step found in its record) of the first that has none."""
-        first = self._words + LINE * (step % self.history)
-        missing = self._atomics.reduce_words(first, self.num_ranks, self._stride, step, self._out_address)
+        block = self._block
+        block[11] = step
+        missing = self._atomics.reduce_step(self._block_address)
         if missing >= 0:
-            return missing, int(self._out[0])
-        return Reduced(*self._out.tolist())
+            return missing, block[12]
+        return Reduced(*block[12:17])
 
     def newest(self, rank: int) -> Word | None:
         """The newest word of a rank, for daemons; None if none can be read whole (it steps too fast, or never did)."""

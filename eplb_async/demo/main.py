@@ -1,0 +1,168 @@
+"""The demo, end to end: rank processes, the daemon that they start, the unsharded reference, and the comparison."""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from eplb_async.core.config import load_settings
+from eplb_async.core.errors import EplbError
+from eplb_async.demo.model import load_model
+from eplb_async.demo.reference import run_reference
+from eplb_async.demo.report import DaemonFacts, Summary, show, summarise
+from eplb_async.demo.serving import GROUP, RankResult, ServeRequest, serve_rank
+from eplb_async.demo.text import DOMAINS, Stream
+from eplb_async.observability.history import Outcome
+from eplb_async.runtime.client import ControlClient
+
+__all__ = ["DemoOptions", "run"]
+
+DAEMON = {
+    "DAEMON_WINDOW_STEPS": "4",
+    "DAEMON_NUM_WINDOWS": "3",
+    "DAEMON_INTERVAL_STEPS": "12",
+    "DAEMON_PAR_THRESHOLD": "1.10",
+    "DAEMON_MIN_GAIN": "0.04",
+    "DAEMON_POLL_INTERVAL_S": "0.02",
+    "DAEMON_DISCOVERY_INTERVAL_S": "0.1",
+}
+"""A few hundred steps stand for hours of traffic, so windows and intervals are short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the command line can choose.
+
+    Attributes:
+        num_ranks: rank processes.
+        steps_per_domain: steps before the text's domain changes.
+        weights: a weights file instead of the package's own.
+    """
+
+    num_ranks: int = 4
+    steps_per_domain: int = 32
+    weights: Path | None = None
+
+
+def run(options: DemoOptions, console: Console) -> Summary:
+    """Serve, compare, show.
+
+    Raises:
+        EplbError: a rank or the daemon failed; what was started is stopped.
+    """
+    start = time.monotonic()
+    stream = Stream(domains=DOMAINS, steps_per_domain=options.steps_per_domain, num_ranks=options.num_ranks)
+    model = load_model(options.weights)
+    console.print(
+        f"[bold]{model.shape.num_layers} MoE layers of {model.shape.num_experts} experts[/], top-{model.shape.top_k}, on "
+        f"{options.num_ranks} rank processes; {stream.num_steps} steps of text in {len(DOMAINS)} domains: {', '.join(DOMAINS)}"
+    )
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="eplb-demo-") as directory,
+        Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
+    ):
+        serving = progress.add_task("serving with expert parallelism", total=stream.num_steps, note="")
+        environ = {f"EPLB_ASYNC_{name}": value for name, value in DAEMON.items()}
+        environ["EPLB_ASYNC_RUNTIME_DIR"] = str(Path(directory) / "run")
+        request = ServeRequest(
+            stream=stream, weights=options.weights, rendezvous=Path(directory) / "rendezvous", environ=environ
+        )
+
+        def on_step(step: int) -> None:
+            progress.update(serving, completed=step, note=stream.domain(min(step, stream.num_steps - 1)))
+
+        ranks, daemon = _serve(request, on_step)
+        checking = progress.add_task("the same text, unsharded", total=stream.num_steps, note="")
+        torch.set_num_threads(1)
+        reference = run_reference(model, stream, lambda step: progress.update(checking, completed=step))
+    summary = summarise(stream, ranks, reference, daemon, time.monotonic() - start)
+    show(summary, stream, console)
+    return summary
+
+
+def _serve(request: ServeRequest, on_step: Callable[[int], None]) -> tuple[list[RankResult], DaemonFacts]:
+    context = multiprocessing.get_context("spawn")
+    # ranks and the daemon that they start inherit this
+    os.environ.update(request.environ)
+    processes, pipes = [], []
+    client = ControlClient(load_settings(environ=request.environ))
+    try:
+        for rank in range(request.stream.num_ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=serve_rank, args=(request, rank, theirs), name=f"rank {rank}", daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        results = _collect(pipes, on_step)
+        for process in processes:
+            process.join(30)
+        return results, _daemon_facts(client)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        client.stop_daemon()
+        for name in request.environ:
+            os.environ.pop(name, None)
+
+
+def _collect(pipes: list[Connection], on_step: Callable[[int], None]) -> list[RankResult]:
+    """Progress and results of all ranks, as they come.
+
+    Raises:
+        EplbError: a rank ended without its result; its own error is on the terminal.
+    """
+    results: dict[int, RankResult] = {}
+    steps = [0] * len(pipes)
+    while len(results) < len(pipes):
+        open_pipes = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+        for ready in wait(list(open_pipes)):
+            rank = open_pipes[ready]  # type: ignore[index]
+            try:
+                message = pipes[rank].recv()
+            except EOFError as error:
+                raise EplbError(f"rank {rank} of the demo ended early; see its error above") from error
+            if isinstance(message, RankResult):
+                results[rank] = message
+            else:
+                steps[rank] = message
+                on_step(min(steps))
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _daemon_facts(client: ControlClient) -> DaemonFacts:
+    """What the daemon saw; it keeps a group's history when the group has ended."""
+    group = next((found for found in client.status().groups if found.group == GROUP), None)
+    if group is None:
+        raise EplbError("the daemon does not know the demo's group; see its log")
+    applied = [
+        decision
+        for decision in client.history(GROUP, most=10_000)[GROUP]
+        if decision.outcome in (Outcome.FINISHED, Outcome.DROPPED) and decision.num_committed
+    ]
+    times = {
+        decision.generation: decision.trigger_to_last_commit_s
+        for decision in applied
+        if decision.trigger_to_last_commit_s is not None
+    }
+    return DaemonFacts(
+        lost_records=group.lost_records,
+        trigger_to_commit_s=times,
+        moves={decision.generation: decision.num_moves for decision in applied},
+        bytes_moved={decision.generation: decision.bytes_moved for decision in applied},
+    )
