@@ -21,7 +21,7 @@ import torch.distributed as dist
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.reporting import Column, header, show_table, write_json
+from benchmarks.reporting import Column, show_table, write_json
 from eplb_async import MoESpec, RankHook, share_weights
 from eplb_async.core.config import Settings
 
@@ -137,7 +137,7 @@ def main(
     rows.insert(1, {"case": label, "what": "of it: agreement", "p50_us": agree[0], "p99_us": agree[1]})
     show_table("Hook without an active plan", COLUMNS, rows, "case")
     if json is not None:
-        write_json(json, {"header": header(), "rows": rows})
+        write_json(json, "hook", rows)
 
 
 if __name__ == "__main__":

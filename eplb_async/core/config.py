@@ -30,6 +30,7 @@ __all__ = [
     "config_path",
     "load_settings",
     "notify_socket",
+    "policy_cache",
     "settings_environment",
 ]
 
@@ -163,13 +164,14 @@ def load_settings(path: str | os.PathLike[str] | None = None, environ: Mapping[s
             data = msgspec.toml.decode(Path(path).read_bytes())
         except OSError as error:
             raise ConfigError(str(path), f"cannot be read ({error.strerror}); name an existing TOML file") from error
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(str(path), f"is not TOML: {error}") from error
         _convert(data, str(path))
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name != PREFIX + "CONFIG":
-            _set_from_environment(data, name, environ[name])
-    return _convert(data, str(path or "settings"))
+    names = sorted(name for name in environ if name.startswith(PREFIX) and name != PREFIX + "CONFIG")
+    for name in names:
+        _set_from_environment(data, name, environ[name])
+    # checked together: a pair such as lag and history may only fit once both are set
+    return _convert(data, ", ".join([*([str(path)] if path else []), *names]) or "settings")
 
 
 def config_path() -> str | None:
@@ -193,6 +195,11 @@ def child_environment(overrides: Mapping[str, str], python_path: str) -> dict[st
     return {**os.environ, **overrides, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+def policy_cache(directory: Path) -> Path:
+    """Where compiled policies are kept: NUMBA_CACHE_DIR if it is set, else a folder of the runtime directory."""
+    return Path(os.environ.get("NUMBA_CACHE_DIR") or directory / "compiled")
+
+
 def settings_environment(settings: Settings) -> dict[str, str]:
     """Variables that make `load_settings` of a child return these settings, whatever file and variables say here."""
     variables = {PREFIX + "RUNTIME_DIR": str(settings.directory)}
@@ -201,7 +208,9 @@ def settings_environment(settings: Settings) -> dict[str, str]:
         ours, theirs = getattr(settings, table), getattr(inherited, table)
         for field in ours.__struct_fields__:
             if (value := getattr(ours, field)) != getattr(theirs, field):
-                text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+                # JSON has no inf, which is a deadline that never comes
+                plain = value if isinstance(value, str) else repr(value) if isinstance(value, float) else None
+                text = plain if plain is not None else msgspec.json.encode(value).decode()
                 variables[f"{PREFIX}{table.upper()}_{field.upper()}"] = text
     return variables
 
@@ -248,10 +257,9 @@ def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
                 value = (
                     msgspec.json.decode(text) if kind == dict[str, Any] else msgspec.convert(text, kind, strict=False)
                 )
-                data.setdefault(table, {})[field] = value
-                _convert(data, name)
-            except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            except (msgspec.DecodeError, msgspec.ValidationError, UnicodeEncodeError) as error:
                 raise ConfigError(name, f"{text!r} does not fit: {error}") from error
+            data.setdefault(table, {})[field] = value
             return
     known = [PREFIX + "CONFIG", PREFIX + "RUNTIME_DIR"]
     known += [f"{PREFIX}HOOK_{field.upper()}" for field in HookSettings.__struct_fields__]
@@ -261,7 +269,7 @@ def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
 
 def _at_least(settings: msgspec.Struct, least: float, *names: str) -> None:
     for name in names:
-        if getattr(settings, name) < least:
+        if not getattr(settings, name) >= least:  # nan is not
             raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be at least {least}")
 
 

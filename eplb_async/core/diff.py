@@ -52,9 +52,8 @@ def commit_rows(current_P: IntArray, target_P: IntArray, topology: Topology, sta
     """The rows to commit one after the other, the last of them `target_P`; empty if nothing changes.
 
     Each is a valid placement, and differs from the one before by at most `staging_rows` incoming experts per rank. If
-    the whole change fits, there is one row. Else slots whose expert lives elsewhere too go first; when only a
-    permutation of single copies is left, whole cycles are taken, and a cycle that does not fit is cut by a swap, which
-    costs one extra move.
+    the whole change fits, there is one row. Else slots whose expert lives elsewhere too go first; when none can change
+    alone, whole cycles are taken, and a cycle that does not fit is cut by a swap, which costs one extra move.
 
     Raises:
         SettingError: `staging_rows` is less than `least_staging_rows`.
@@ -89,6 +88,9 @@ def _next_row(current_P: IntArray, target_P: IntArray, topology: Topology, stagi
             needs_row = new != EMPTY and current_P[slot] != new
             if (old != EMPTY and copies[old] < 2) or (needs_row and not free_R[rank]):
                 continue
+            # between two rows that both have K copies of an expert there must be none with more
+            if new != EMPTY and copies[new] >= topology.max_replicas:
+                continue
             # an expert that is only incoming in this row has no live source yet
             if new != EMPTY and not (current_P == new).any():
                 continue
@@ -99,34 +101,52 @@ def _next_row(current_P: IntArray, target_P: IntArray, topology: Topology, stagi
                 free_R[rank] -= needs_row
             row_P[slot] = new
             progress = moved = True
-    return row_P if moved else _permuted_row(current_P, target_P, topology, staging_rows)
+    return row_P if moved else _rotated_row(current_P, target_P, topology, staging_rows)
 
 
-def _permuted_row(current_P: IntArray, target_P: IntArray, topology: Topology, staging_rows: int) -> IntArray:
-    """Next row when the changed slots hold single copies only, so that the rest of the change is a permutation of them."""
+def _rotated_row(current_P: IntArray, target_P: IntArray, topology: Topology, staging_rows: int) -> IntArray:
+    """Next row when no slot can change alone: each holds a single copy, or is to get an expert that has K copies.
+
+    What the slots of a cycle hold goes round in it, so every expert keeps its number of slots.
+    """
     row_P = current_P.copy()
     free_R = np.full(topology.num_ranks, staging_rows)
     changed = np.flatnonzero(current_P != target_P).tolist()
-    holder = {int(current_P[slot]): slot for slot in changed}
+    holders: dict[int, list[int]] = {}
+    for slot in changed:
+        holders.setdefault(int(current_P[slot]), []).append(slot)
     pending, moved = set(changed), False
     for start in changed:
         if start not in pending:
             continue
-        cycle = [start]
-        while (source := holder[int(target_P[cycle[-1]])]) != start:
-            cycle.append(source)
-        pending.difference_update(cycle)
-        need_R = np.bincount(np.array(cycle) // topology.slots_per_rank, minlength=topology.num_ranks)
-        if (need_R <= free_R).all():
+        cycle = _cycle(start, target_P, holders, pending)
+        pending.difference_update(cycle or [start])
+        filled = [slot for slot in cycle if target_P[slot] != EMPTY]
+        need_R = np.bincount(np.array(filled, dtype=np.int64) // topology.slots_per_rank, minlength=topology.num_ranks)
+        if cycle and (need_R <= free_R).all():
             row_P[cycle] = target_P[cycle]
             free_R -= need_R
             moved = True
     if moved:
         return row_P
-    slot = changed[0]
-    source = holder[int(target_P[slot])]
+    # a slot that loses its expert's only copy has one that gets it; one that gains a K-th copy has one that gives it up
+    slot = next(slot for slot in changed if int(target_P[slot]) in holders)
+    source = holders[int(target_P[slot])][0]
     row_P[slot], row_P[source] = current_P[source], current_P[slot]
     return row_P
+
+
+def _cycle(start: int, target_P: IntArray, holders: dict[int, list[int]], pending: set[int]) -> list[int]:
+    """Changed slots, each to get what the next one holds, and the last what the first holds; empty if the walk ends."""
+    cycle = [start]
+    while True:
+        sources = holders.get(int(target_P[cycle[-1]]), [])
+        if start in sources:
+            return cycle
+        source = next((slot for slot in sources if slot in pending and slot not in cycle), None)
+        if source is None:
+            return []
+        cycle.append(source)
 
 
 def moves_between(current_P: IntArray, next_P: IntArray, topology: Topology, sent_R: NDArray[np.int64]) -> IntArray:

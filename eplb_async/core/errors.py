@@ -32,6 +32,7 @@ The classes own the wording: a message says what was found, what was needed, and
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = [
     "AttachTimeout",
@@ -65,7 +66,11 @@ __all__ = [
 
 
 class EplbError(Exception):
-    """Base of everything below."""
+    """Base of everything below. All of them can be pickled: engines and process pools send them between processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the default would call the class with the finished message, which is not what these constructors take
+        return _rebuilt, (type(self), self.args, self.__dict__)
 
 
 class SettingError(EplbError, ValueError):
@@ -247,3 +252,9 @@ class PolicyError(EplbError):
 
 class InternalError(EplbError):
     """A broken promise inside eplb_async."""
+
+
+def _rebuilt(kind: type[EplbError], args: tuple[Any, ...], fields: dict[str, Any]) -> EplbError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error

@@ -69,7 +69,7 @@ def validate_placement(slot_to_expert_LP: NDArray[np.integer[Any]], spec: MoESpe
     if not count_LE.all():
         layer, expert = np.argwhere(count_LE == 0)[0]
         raise PlacementError(f"{layers} {layer} has no slot for expert {expert}; every expert needs at least one")
-    if count_LE.max() > spec.max_replicas:
+    if count_LE.max(initial=0) > spec.max_replicas:
         layer, expert = np.argwhere(count_LE > spec.max_replicas)[0]
         raise PlacementError(
             f"{layers} {layer} gives expert {expert} {count_LE[layer, expert]} slots; dispatch rows hold {spec.max_replicas} "

@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 POSITION_BITS = 20
+MAX_GENERATION = (1 << 62 - POSITION_BITS) - 1
+"""So that every counter of a plan, and the one after it, fits an int64."""
 NO_PLAN = 0
 """The digest of a rank that holds no plan."""
 
@@ -139,11 +141,13 @@ def decode_plan(data: bytes) -> Plan:
     """
     try:
         plan = _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise PlanInvalid(f"{len(data)} bytes on the board are not a plan: {error}") from error
-    if not plan.entries or plan.generation < 1:
+    if not 1 <= plan.generation <= MAX_GENERATION:
+        raise PlanInvalid(f"a plan of generation {plan.generation}; generations are 1..{MAX_GENERATION}")
+    if not 1 <= len(plan.entries) < 1 << POSITION_BITS:
         raise PlanInvalid(
-            f"plan of generation {plan.generation} has {len(plan.entries)} entries; it needs at least one"
+            f"plan of generation {plan.generation} has {len(plan.entries)} entries; it needs 1..{(1 << POSITION_BITS) - 1}"
         )
     return plan
 

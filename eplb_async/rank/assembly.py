@@ -1,5 +1,6 @@
 """Building a hook's parts at attach, and taking them apart at detach, so that nothing is left behind either way."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +71,16 @@ class Parts:
     capturing: Callable[[], bool]
 
     def close(self) -> None:
-        """End the threads, then leave the group."""
-        self.reader.close()
-        self.transfer.close()
-        self.recorder.ring.close()
-        self.membership.leave()
+        """End the threads, then leave the group; that in any case, though a thread hangs.
+
+        Raises:
+            TimeoutError: a thread did not end.
+        """
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self.membership.leave)
+            last_first.callback(self.recorder.ring.close)
+            last_first.callback(self.transfer.close)
+            last_first.callback(self.reader.close)
 
 
 def assemble(request: AttachRequest) -> Parts:

@@ -17,7 +17,7 @@ import torch
 
 from eplb_async.core.config import Settings, check_group_name, load_settings
 from eplb_async.core.diff import least_staging_rows
-from eplb_async.core.errors import HookClosed, LifecycleError, PeerError, SpecError, UnknownName
+from eplb_async.core.errors import HookClosed, LifecycleError, SpecError, UnknownName
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.core.placement import IntArray
 from eplb_async.core.plan import generation_of, position_of
@@ -156,7 +156,7 @@ class RankHook:
 
         Raises:
             PeerLost, StepDrift: do not run this forward; detach, and attach all ranks again.
-            HookClosed: the hook is detached, or the above came before.
+            HookClosed: the hook is detached, or a step before this one failed.
             UnknownName: no such phase.
             LifecycleError: the step before is not finished.
         """
@@ -171,8 +171,9 @@ class RankHook:
         self._phase, self._tokens = _phase(phase), num_tokens
         try:
             self._advance()
-        except PeerError as error:
-            self._closed = str(error)
+        except BaseException as error:
+            # the word of this step may be out and half of it done: a second try could decide it twice
+            self._closed = str(error) or type(error).__name__
             raise
         self._version = self._agreement.decided
         self._running = True
@@ -207,6 +208,7 @@ class RankHook:
         """Leave the group. The map tensors and the weights stay as they are. Idempotent."""
         if self._closed != "it was detached":
             self._closed = "it was detached"
+            self._running = False  # there is no ring any more to record a step in
             self._parts.close()
             log.info("group %s rank %d detached at step %d", self.group, self.rank, self._step)
 

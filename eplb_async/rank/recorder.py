@@ -15,12 +15,14 @@ def check_load(load: torch.Tensor, spec: MoESpec, kind: LoadKind | None) -> Load
     """What a load tensor counts.
 
     Raises:
-        SpecError: not int32, not contiguous, or a shape that fits no reading (see core.load.load_kind).
+        SpecError: not int32, not contiguous, not on the CPU, or a shape that fits no reading (see core.load.load_kind).
     """
     if load.dtype != torch.int32 or not load.is_contiguous():
         raise SpecError(
             f"the load tensor is {load.dtype} with strides {list(load.stride())}; needed contiguous torch.int32"
         )
+    if load.device.type != "cpu":
+        raise SpecError(f"the load tensor is on {load.device}; this version records loads that are counted on the CPU")
     return load_kind(load.shape, spec, kind)
 
 

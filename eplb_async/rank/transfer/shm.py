@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
-from eplb_async.core.errors import SegmentError, TransferFailed
+from eplb_async.core.errors import SegmentError, SpecError, TransferFailed
 from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.streams import Completion, Stream
 from eplb_async.rank.transfer.base import ALIGNMENT, Pull, Transfer
@@ -62,10 +62,15 @@ def share_weights(group: str, rank: int, weights_per_layer: Sequence[LayerTensor
 
     Raises:
         NoSharedMemory: no room, or a living process shares weights as this rank of this group.
+        SpecError: a tensor is not on the CPU.
     """
     named = [
-        {name: tensor.contiguous() for name, tensor in named_tensors(layer).items()} for layer in weights_per_layer
+        {name: tensor.detach().contiguous() for name, tensor in named_tensors(layer).items()}
+        for layer in weights_per_layer
     ]
+    devices = {tensor.device for tensors in named for tensor in tensors.values() if tensor.device.type != "cpu"}
+    if devices:
+        raise SpecError(f"expert tensors lie on {', '.join(sorted(map(str, devices)))}; only CPU tensors can be shared")
     offsets, end = [], 0
     for tensors in named:
         for tensor in tensors.values():

@@ -1,0 +1,173 @@
+"""What the command line prints for people."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from eplb_async.observability.history import Decision, Outcome
+from eplb_async.runtime.messages import DaemonStatus, GroupStatus
+
+__all__ = ["fail", "show_decision", "show_garbage", "show_history", "show_status", "watch_status"]
+
+_COLOURS = {
+    Outcome.FINISHED: "green",
+    Outcome.DROPPED: "red",
+    Outcome.FAILED: "red",
+    Outcome.UNKNOWN: "yellow",
+    Outcome.PUBLISHED: "cyan",
+    Outcome.PLANNING: "cyan",
+}
+_STATES = {"serving": "green", "joining": "yellow", "paused": "yellow", "ended": "red"}
+
+
+def fail(message: str) -> NoReturn:
+    """One red line on standard error, and status 1."""
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}", highlight=False)
+    sys.exit(1)
+
+
+def show_status(status: DaemonStatus) -> None:
+    """Print a status once."""
+    Console().print(_status(status))
+
+
+def watch_status(read: Callable[[], DaemonStatus]) -> None:
+    """Show the status anew every second until interrupted."""
+    with Live(_status(read()), auto_refresh=False) as live:
+        while True:
+            time.sleep(1)
+            live.update(_status(read()), refresh=True)
+
+
+def show_history(histories: Mapping[str, Sequence[Decision]]) -> None:
+    """Print decisions, a table per group."""
+    console = Console()
+    if not any(histories.values()):
+        console.print("no decisions yet")
+    for group, decisions in histories.items():
+        if decisions:
+            console.print(f"[bold]{escape(group)}[/]", _decisions(decisions), sep="\n")
+
+
+def show_decision(decision: Decision) -> None:
+    """Print one decision in full."""
+    console, colour = Console(highlight=False), _COLOURS.get(decision.outcome, "default")
+    console.print(f"[{colour}]{decision.outcome.value}[/]: {escape(decision.why or decision.trigger)}")
+    table = Table.grid(padding=(0, 2))
+    rows = {
+        "group": f"{decision.group}, generation {decision.generation}",
+        "policy": decision.policy,
+        "PAR": f"{_par(decision.par_live)} live, {_par(decision.par_predicted)} predicted",
+        "layers": f"{len(decision.layers)} of {len(decision.par_live_L)} change in {decision.num_entries} commits",
+        "moves": f"{decision.num_moves} ({_bytes(decision.bytes_moved)}, {_bytes(decision.bytes_between_ranks)} between ranks)",
+        "time": f"{_seconds(decision.decide_s)} to decide, {_seconds(decision.trigger_to_last_commit_s)} to the last commit",
+    }
+    for name, text in rows.items():
+        table.add_row(f"[dim]{name}[/]", escape(text))
+    console.print(table)
+
+
+def show_garbage(segments: Sequence[tuple[str, int, str]], *, dry_run: bool) -> None:
+    """Print stale segments as (name, bytes, why)."""
+    console = Console(highlight=False)
+    for name, num_bytes, why in segments:
+        console.print(f"{'would remove' if dry_run else 'removed'} {escape(name)} ({_bytes(num_bytes)}): {escape(why)}")
+    if not segments:
+        console.print("nothing is stale")
+
+
+def _status(status: DaemonStatus) -> Group:
+    head = Text(
+        f"eplb-async {status.release}, pid {status.pid}, up {_seconds(status.uptime_s)}, policy {status.policy}, "
+        f"{status.cpu_share:.1%} of a core, {_bytes(status.memory_bytes)}, loop lag {1e3 * status.loop_lag_s:.1f} ms "
+        f"(worst {1e3 * status.loop_lag_worst_s:.0f} ms)"
+    )
+    if not status.groups:
+        return Group(head, Text("no groups; ranks appear here when they attach", style="dim"))
+    return Group(head, *(_group(group) for group in status.groups))
+
+
+def _group(group: GroupStatus) -> Group:
+    head = Text.from_markup(
+        f"\n[bold]{escape(group.group)}[/] [{_STATES.get(group.state, 'default')}]{group.state}[/]"
+        f" incarnation {group.incarnation}, generation {group.generation}, PAR live {_par(group.par_live)}"
+        f" ({group.windows} windows of {group.window_steps} steps), {group.lost_records} records lost"
+    )
+    parts: list[Text | Table] = [head, *(Text(f"  {problem}", style="yellow") for problem in group.problems)]
+    if group.plan is not None:
+        plan = group.plan
+        progress = f"{plan.staged} staged, {plan.committed} committed of {plan.num_entries}"
+        parts.append(
+            Text(f"  plan {plan.generation}: {progress}, {_seconds(plan.age_s)} old ({plan.reason})", style="cyan")
+        )
+    elif group.planning:
+        parts.append(Text("  a policy is planning", style="cyan"))
+    if group.ranks:
+        parts.append(_ranks(group))
+    if group.decisions:
+        parts.append(_decisions(group.decisions))
+    return Group(*parts)
+
+
+def _ranks(group: GroupStatus) -> Table:
+    table = _table(
+        "rank", "pid", "state", "step", "staged", "committed", "records", "lost", "missed", "damaged", "unfolded"
+    )
+    for rank in group.ranks:
+        counters = (f"{generation}.{position}" for generation, position in (rank.staged, rank.committed))
+        state = f"[red]{rank.state}[/]" if rank.state == "gone" else rank.state
+        numbers = (rank.records, rank.lost, rank.missed, rank.damaged, rank.unfolded)
+        table.add_row(str(rank.rank), str(rank.pid), state, str(rank.step), *counters, *map(str, numbers))
+    return table
+
+
+def _decisions(decisions: Sequence[Decision]) -> Text:
+    """Two lines each: what came of it in numbers, and why."""
+    lines = []
+    for decision in decisions:
+        when = time.strftime("%H:%M:%S", time.localtime(decision.time_unix_s))
+        colour = _COLOURS.get(decision.outcome, "default")
+        numbers = f"PAR {_par(decision.par_live)}"
+        if decision.par_predicted is not None:
+            realised = f", realised {_par(decision.par_realised)}" if decision.num_committed else ""
+            numbers += f" -> {_par(decision.par_predicted)} predicted{realised}"
+        if decision.num_moves:
+            took = f" in {_seconds(decision.trigger_to_last_commit_s)}" if decision.num_committed else ""
+            numbers += f"; {decision.num_moves} moves, {_bytes(decision.bytes_moved)}{took}"
+        outcome = f"[{colour}]{decision.outcome.value}[/]"
+        lines.append(f"  #{decision.number} {when} generation {decision.generation} {outcome}  {numbers}")
+        why = f"; {decision.why}" if decision.why else ""
+        lines.append(f"     [dim]{escape(decision.trigger + why)}[/]")
+    return Text.from_markup("\n".join(lines))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "state" else "right")
+    return table
+
+
+def _par(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1e3 * value:.0f} ms" if value < 1 else f"{value:.1f} s" if value < 120 else f"{value / 60:.0f} min"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

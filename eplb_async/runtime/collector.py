@@ -1,0 +1,254 @@
+"""From the rings of a node's ranks to windows of logical load, summed over ranks.
+
+    records --(validated)--> groups of one window and version --(folded)--> open windows --> complete windows
+
+Window w holds steps w * window_steps to (w + 1) * window_steps - 1. It is complete once every ring whose rank lives has
+passed its end. A window whose beginning some ring did not show (the daemon came later) is left out, and so is one
+without traffic. Dummy and profile steps move a ring on but do not count.
+
+Cost matters here: 8 ranks x 200 steps/s of [58, 256] int32 are 95 MB/s. Hence whole batches, and sums in int32 when the
+largest count times the number of records cannot overflow.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_async.core.load import LoadKind, fold_slots
+from eplb_async.core.placement import IntArray
+from eplb_async.core.spec import MoESpec
+from eplb_async.runtime.row_history import RowHistory
+from eplb_async.shm.ring import PHASES, Batch, LoadRing
+
+__all__ = ["Collector", "RingStatistics"]
+
+logger = logging.getLogger(__name__)
+
+READ_AT_ONCE = 64
+"""Records per read: a few megabytes, so that the event loop is held for a millisecond or two."""
+_COUNTS = np.array([phase.counts for phase in PHASES])
+_INT32_MAX = (1 << 31) - 1
+
+
+class RingStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """What came from one ring: whole records, those overwritten before they were read, before the daemon looked for the
+    first time (missed), nonsense (damaged), and records of which some layer could not be folded; newest step seen."""
+
+    rank: int
+    num_records: int
+    num_lost: int
+    num_missed: int
+    num_damaged: int
+    num_unfolded: int
+    newest_step: int
+
+
+class _Reader:
+    """One ring and what was seen of it. `waiting` holds records whose placement is not certain yet."""
+
+    def __init__(self, ring: LoadRing) -> None:
+        self.ring, self.rank, self.kind = ring, ring.info.rank, ring.info.kind
+        self.read_step = self.folded_step = -1
+        self.first_step: int | None = None
+        self.waiting: deque[Batch] = deque()
+        self.records = self.lost = self.missed = self.damaged = self.unfolded = 0
+        self.started = False
+
+
+class Collector:
+    """Reads the rings of one group. Used by one task only.
+
+    Attributes:
+        windows: (window index, int64 [L, E]), complete ones with traffic, oldest first.
+        num_completed: windows ever completed, with traffic or not.
+        unfolded_L: records per layer that could not be folded, int64 [L].
+    """
+
+    def __init__(
+        self, spec: MoESpec, rings: Mapping[int, LoadRing], rows: RowHistory, steps_and_windows: tuple[int, int]
+    ) -> None:
+        """`steps_and_windows`: steps per window, and windows kept."""
+        self._spec, self._rows = spec, rows
+        self._window_steps, num_windows = steps_and_windows
+        self._readers = {rank: _Reader(ring) for rank, ring in rings.items()}
+        self.windows: deque[tuple[int, NDArray[np.int64]]] = deque(maxlen=num_windows)
+        self.num_completed = 0
+        self.unfolded_L = np.zeros(spec.num_layers, dtype=np.int64)
+        self._open: dict[int, NDArray[np.int64]] = {}
+        self._next_window = 0
+
+    def resize(self, window_steps: int, num_windows: int) -> None:
+        """Other windows from now on; those collected are forgotten if their length changes."""
+        if window_steps != self._window_steps:
+            self._window_steps = window_steps
+            self._open.clear()
+            self.windows.clear()
+            for reader in self._readers.values():
+                reader.first_step = reader.folded_step + 1 if reader.first_step is not None else None
+            self._next_window = 0
+        self.windows = deque(self.windows, maxlen=num_windows)
+
+    @property
+    def windows_TLE(self) -> NDArray[np.float64]:
+        """The complete windows, oldest first, float64 [T, L, E]; T is 0 before the first."""
+        shape = (len(self.windows), self._spec.num_layers, self._spec.num_experts)
+        return np.array([load for _, load in self.windows], dtype=np.float64).reshape(shape)
+
+    def first_step_of(self, window: int) -> int:
+        """The first step of a window."""
+        return window * self._window_steps
+
+    def drain(self, rank: int, newest_step: Callable[[], int]) -> bool:
+        """Read what one rank has recorded, up to READ_AT_ONCE records; true if more may be there.
+
+        Args:
+            rank: whose ring.
+            newest_step: reads that of its words; called after the records were read. A word is published before its
+                step's forward, so a record of a later step is damaged.
+        """
+        reader = self._readers[rank]
+        if len(reader.waiting) * READ_AT_ONCE < reader.ring.info.num_records + READ_AT_ONCE:
+            batch = reader.ring.read(READ_AT_ONCE)
+        else:
+            # records wait for a placement that does not become certain: rather leave new ones in the ring
+            batch = reader.ring.read(0)
+        more = len(batch.step) == READ_AT_ONCE
+        self._count_lost(reader, batch.lost)
+        if len(batch.step):
+            batch = self._valid(reader, batch, newest_step())
+            if len(batch.step):
+                reader.read_step = int(batch.step[-1])
+                if reader.first_step is None:
+                    reader.first_step = int(batch.step[0])
+                reader.waiting.append(batch)
+        self._fold_waiting(reader)
+        return more
+
+    def complete(self, gone: Collection[int]) -> int:
+        """Close the windows that every ring has passed, not counting those of ranks that are gone; how many."""
+        readers = [reader for rank, reader in self._readers.items() if rank not in gone]
+        if not readers or any(reader.first_step is None for reader in readers):
+            return 0
+        # the first window that all rings show from its first step on
+        first = max(-(-(reader.first_step or 0) // self._window_steps) for reader in readers)
+        end = min(reader.folded_step + 1 for reader in readers) // self._window_steps
+        closed = 0
+        for window in sorted(window for window in self._open if window < end):
+            load_LE = self._open.pop(window)
+            if window >= first and load_LE.any():
+                self.windows.append((window, load_LE))
+                closed += 1
+        self.num_completed += max(0, end - max(self._next_window, first))
+        self._next_window = max(self._next_window, end)
+        return closed
+
+    def statistics(self) -> list[RingStatistics]:
+        """See RingStatistics; by rank."""
+        return [
+            RingStatistics(
+                rank=rank,
+                num_records=reader.records,
+                num_lost=reader.lost,
+                num_missed=reader.missed,
+                num_damaged=reader.damaged,
+                num_unfolded=reader.unfolded,
+                newest_step=reader.read_step,
+            )
+            for rank, reader in sorted(self._readers.items())
+        ]
+
+    def close(self) -> None:
+        """Drop the rings' mappings."""
+        for reader in self._readers.values():
+            reader.waiting.clear()
+            reader.ring.close()
+
+    def _count_lost(self, reader: _Reader, lost: int) -> None:
+        if not reader.started:
+            # recorded while no daemon ran, or by the time of an earlier one
+            reader.missed, reader.started = lost, True
+        elif lost:
+            if not reader.lost:
+                logger.warning("rank %d: %d records of load were overwritten before they were read", reader.rank, lost)
+            reader.lost += lost
+
+    def _valid(self, reader: _Reader, batch: Batch, newest_step: int) -> Batch:
+        """The batch without nonsense: steps that do not grow or lie in the future, unknown phases, negative counts."""
+        reader.records += len(batch.step)
+        previous = np.concatenate([[reader.read_step], np.maximum.accumulate(batch.step)[:-1]])
+        bad = (batch.step <= previous) | (batch.step > newest_step)
+        bad |= (batch.phase < 0) | (batch.phase >= len(PHASES)) | (batch.version < 0)
+        # seen as unsigned, a negative count is a huge one: one pass finds both
+        if int(batch.counts.view(np.uint32).max()) > _INT32_MAX:
+            bad |= batch.counts.min(axis=(1, 2)) < 0
+        if not bad.any():
+            return batch
+        if not reader.damaged:
+            step = int(batch.step[bad][0])
+            logger.error(
+                "rank %d: a damaged record (step %d after %d); not counted", reader.rank, step, reader.read_step
+            )
+        reader.damaged += int(bad.sum())
+        good = ~bad
+        return Batch(
+            batch.step[good], batch.phase[good], batch.version[good], batch.tokens[good], batch.counts[good], batch.lost
+        )
+
+    def _fold_waiting(self, reader: _Reader) -> None:
+        while reader.waiting:
+            batch = reader.waiting[0]
+            window = batch.step // self._window_steps
+            keys = np.stack([window, batch.version, _COUNTS[batch.phase]])
+            cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(batch.step)]
+            for first, last in pairwise(cuts):
+                if _COUNTS[batch.phase[first]] and not self._add(reader, batch, first, last):
+                    rest = slice(first, None)
+                    reader.waiting[0] = Batch(
+                        batch.step[rest],
+                        batch.phase[rest],
+                        batch.version[rest],
+                        batch.tokens[rest],
+                        batch.counts[rest],
+                        0,
+                    )
+                    return
+                reader.folded_step = int(batch.step[last - 1])
+            reader.waiting.popleft()
+
+    def _add(self, reader: _Reader, batch: Batch, first: int, last: int) -> bool:
+        """Add records of one window and version; false if it cannot be told yet under which placement they were counted."""
+        placement = None
+        if reader.kind is not LoadKind.LOGICAL:
+            placement = self._rows.placement_at(int(batch.version[first]))
+            if placement is None:
+                return False
+        counts = batch.counts[first:last]
+        small = int(counts.max(initial=0)) * (last - first) <= _INT32_MAX
+        load = np.add.reduce(counts, axis=0, dtype=np.int32 if small else np.int64)
+        if placement is not None:
+            load = self._folded(reader, load, placement, last - first)
+        window = int(batch.step[first]) // self._window_steps
+        if window not in self._open:
+            if window < self._next_window:
+                return True  # of a rank that was taken for gone: its window is closed
+            self._open[window] = np.zeros((self._spec.num_layers, self._spec.num_experts), dtype=np.int64)
+        self._open[window] += load
+        return True
+
+    def _folded(
+        self, reader: _Reader, load: NDArray[np.signedinteger], placement: tuple[IntArray, NDArray[np.bool_]], n: int
+    ) -> NDArray[np.int64]:
+        rows_LP, known_L = placement
+        if reader.kind is LoadKind.LOCAL_SLOTS:
+            width = self._spec.slots_per_rank
+            rows_LP = rows_LP[:, reader.rank * width : (reader.rank + 1) * width]
+        if not known_L.all():
+            self.unfolded_L[~known_L] += n
+            reader.unfolded += n
+        # rows of unknown layers are empty slots: what was counted there belongs to nobody
+        return fold_slots(load.astype(np.int64), rows_LP, self._spec.num_experts)
