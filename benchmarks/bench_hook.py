@@ -55,9 +55,7 @@ def measure(case: Case, rank: int, results: "Queue[tuple[int, dict[str, NDArray[
     weights = share_weights("bench-hook", rank, [torch.zeros(spec.slots_per_rank, 8)] * case.layers)
     load = torch.zeros(case.layers, case.experts, dtype=torch.int32)
     settings = Settings(runtime_dir=case.directory)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{case.directory}/rendezvous", rank=rank, world_size=case.ranks
-    )
+    dist.init_process_group("gloo", init_method=f"file://{case.directory}/rendezvous", rank=rank, world_size=case.ranks)
     before_us, after_us, reduce_us = (np.zeros(case.steps) for _ in range(3))
     with RankHook.attach(
         group="bench-hook", rank=rank, spec=spec, weights=weights, load=load, settings=settings

@@ -242,7 +242,8 @@ class WordsHammer(Hammer):
                     right = word[1:] == _counters(word.step, rank) and word.step >= newest[rank]
                     newest[rank] = max(newest[rank], word.step)
                     tally.see(max(word.step, tally.last), right, word)
-                self._reduce(words, min(newest), tally)
+                # also the step after: ranks wait for words that are just being written
+                self._reduce(words, min(newest) + turn % 3, tally)
         return tally
 
     @staticmethod

@@ -188,7 +188,7 @@ def _read(kind: Hammer, stop_path: str, deadline_s: float, result: Connection) -
     result.send(kind.read(stop_path, deadline_s))
 
 
-def run_command(
+def run_command(  # size: the parameters are the command's options
     publications: Annotated[int, typer.Option(min=1000, help="In all, an equal share for each kind.")] = 10_000_000,
     kinds: Annotated[str, typer.Option(help="Which kinds, with commas between.")] = ",".join(KINDS),
     kills: Annotated[int, typer.Option(min=0, help="Writers killed and replaced, for each kind.")] = 20,

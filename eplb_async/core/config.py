@@ -103,7 +103,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     interval_steps: int = 1000
     par_threshold: float = 1.05
     min_gain: float = 0.02
-    poll_interval_s: float = 0.05
+    poll_interval_s: float = 0.1
     discovery_interval_s: float = 0.5
     plan_deadline_s: float = 60.0
     policy_deadline_s: float = 30.0

@@ -17,24 +17,31 @@ from eplb_async.core.config import load_settings
 from eplb_async.core.errors import EplbError
 from eplb_async.demo.model import load_model
 from eplb_async.demo.reference import run_reference
-from eplb_async.demo.report import DaemonFacts, Summary, show, summarise
+from eplb_async.demo.report import DaemonFacts, Summary, summarise
 from eplb_async.demo.serving import GROUP, RankResult, ServeRequest, serve_rank
-from eplb_async.demo.text import DOMAINS, Stream
+from eplb_async.demo.text import Stream
 from eplb_async.observability.history import Outcome
 from eplb_async.runtime.client import ControlClient
+from eplb_async.shm.launch import ensure_daemon
 
-__all__ = ["DemoOptions", "run"]
+__all__ = ["ORDER", "DemoOptions", "run"]
 
-DAEMON = {
+SETTINGS = {
     "DAEMON_WINDOW_STEPS": "4",
-    "DAEMON_NUM_WINDOWS": "3",
-    "DAEMON_INTERVAL_STEPS": "12",
+    "DAEMON_NUM_WINDOWS": "2",
+    "DAEMON_INTERVAL_STEPS": "8",
     "DAEMON_PAR_THRESHOLD": "1.10",
     "DAEMON_MIN_GAIN": "0.04",
     "DAEMON_POLL_INTERVAL_S": "0.02",
     "DAEMON_DISCOVERY_INTERVAL_S": "0.1",
+    "HOOK_STAGING_ROWS": "40",
 }
-"""A few hundred steps stand for hours of traffic, so windows and intervals are short."""
+"""A few hundred steps stand for hours of traffic, so windows and intervals are short. Staging rows for several layers let their
+weights travel at once: with rows for one layer, each layer waits for the commit of the one before."""
+
+ORDER = ("python", "russian", "japanese", "english", "arabic", "german", "chinese", "web")
+"""Neighbours differ much, so that every change of domain is a change of traffic."""
+WARM_UP_DEADLINE_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +55,22 @@ class DemoOptions:
     """
 
     num_ranks: int = 4
-    steps_per_domain: int = 32
+    steps_per_domain: int = 24
     weights: Path | None = None
 
 
 def run(options: DemoOptions, console: Console) -> Summary:
-    """Serve, compare, show.
+    """Serve, then run the same text unsharded, and compare; progress goes to the console.
 
     Raises:
         EplbError: a rank or the daemon failed; what was started is stopped.
     """
     start = time.monotonic()
-    stream = Stream(domains=DOMAINS, steps_per_domain=options.steps_per_domain, num_ranks=options.num_ranks)
+    stream = Stream(domains=ORDER, steps_per_domain=options.steps_per_domain, num_ranks=options.num_ranks)
     model = load_model(options.weights)
     console.print(
         f"[bold]{model.shape.num_layers} MoE layers of {model.shape.num_experts} experts[/], top-{model.shape.top_k}, on "
-        f"{options.num_ranks} rank processes; {stream.num_steps} steps of text in {len(DOMAINS)} domains: {', '.join(DOMAINS)}"
+        f"{options.num_ranks} rank processes; {stream.num_steps} steps of text in {len(ORDER)} domains: {', '.join(ORDER)}"
     )
     columns = (
         TextColumn("{task.description:32}"),
@@ -75,31 +82,52 @@ def run(options: DemoOptions, console: Console) -> Summary:
         tempfile.TemporaryDirectory(prefix="eplb-demo-") as directory,
         Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
     ):
-        serving = progress.add_task("serving with expert parallelism", total=stream.num_steps, note="")
-        environ = {f"EPLB_ASYNC_{name}": value for name, value in DAEMON.items()}
+        environ = {f"EPLB_ASYNC_{name}": value for name, value in SETTINGS.items()}
         environ["EPLB_ASYNC_RUNTIME_DIR"] = str(Path(directory) / "run")
         request = ServeRequest(
             stream=stream, weights=options.weights, rendezvous=Path(directory) / "rendezvous", environ=environ
         )
+        client = ControlClient(load_settings(environ=environ))
+        # ranks and the daemon inherit this
+        os.environ.update(environ)
+        try:
+            _start_daemon(client, environ, progress)
+            serving = progress.add_task("serving with expert parallelism", total=stream.num_steps, note="")
 
-        def on_step(step: int) -> None:
-            progress.update(serving, completed=step, note=stream.domain(min(step, stream.num_steps - 1)))
+            def on_step(step: int) -> None:
+                progress.update(serving, completed=step, note=stream.domain(min(step, stream.num_steps - 1)))
 
-        ranks, daemon = _serve(request, on_step)
+            ranks = _serve(request, on_step)
+            daemon = _daemon_facts(client)
+        finally:
+            client.stop_daemon()
+            for name in environ:
+                os.environ.pop(name, None)
         checking = progress.add_task("the same text, unsharded", total=stream.num_steps, note="")
         torch.set_num_threads(1)
         reference = run_reference(model, stream, lambda step: progress.update(checking, completed=step))
-    summary = summarise(stream, ranks, reference, daemon, time.monotonic() - start)
-    show(summary, stream, console)
-    return summary
+    return summarise(stream, ranks, reference, daemon, time.monotonic() - start)
 
 
-def _serve(request: ServeRequest, on_step: Callable[[int], None]) -> tuple[list[RankResult], DaemonFacts]:
+def _start_daemon(client: ControlClient, environ: dict[str, str], progress: Progress) -> None:
+    """Start the daemon and wait until its policy is compiled; ranks could start it too, and would not wait.
+
+    Raises:
+        EplbError: it did not get ready.
+    """
+    starting = progress.add_task("starting the daemon", total=1, note="compiles its policy")
+    end = time.monotonic() + WARM_UP_DEADLINE_S
+    ensure_daemon(load_settings(environ=environ))
+    while not client.status().pool["num_idle"]:
+        if time.monotonic() > end:
+            raise EplbError(f"the daemon's policy was not ready after {WARM_UP_DEADLINE_S:g} s")
+        time.sleep(0.1)
+    progress.update(starting, completed=1)
+
+
+def _serve(request: ServeRequest, on_step: Callable[[int], None]) -> list[RankResult]:
     context = multiprocessing.get_context("spawn")
-    # ranks and the daemon that they start inherit this
-    os.environ.update(request.environ)
     processes, pipes = [], []
-    client = ControlClient(load_settings(environ=request.environ))
     try:
         for rank in range(request.stream.num_ranks):
             ours, theirs = context.Pipe(duplex=False)
@@ -111,14 +139,12 @@ def _serve(request: ServeRequest, on_step: Callable[[int], None]) -> tuple[list[
         results = _collect(pipes, on_step)
         for process in processes:
             process.join(30)
-        return results, _daemon_facts(client)
+        return results
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
-        client.stop_daemon()
-        for name in request.environ:
-            os.environ.pop(name, None)
+                process.join()
 
 
 def _collect(pipes: list[Connection], on_step: Callable[[int], None]) -> list[RankResult]:

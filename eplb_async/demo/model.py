@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -316,12 +316,14 @@ def load_model(path: Path | None = None) -> MoEModel:
     if path is None:
         with resources.as_file(resources.files("eplb_async.demo") / "weights" / "model.safetensors") as own:
             return load_model(own)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "shape" not in metadata:
-            raise SpecError(f"{path} has no shape in its metadata; needed a file that eplb_async.demo.train wrote")
-        shape = msgspec.json.decode(metadata["shape"], type=ModelShape)
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shape = msgspec.json.decode((file.metadata() or {})["shape"], type=ModelShape)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
+        raise SpecError(
+            f"{path} has no shape and weights of this model ({error}); needed a file that eplb_async.demo.train wrote"
+        ) from error
     # the first use of the meta device would cost 1.5 s of imports, drawing weights that are replaced at once 0.1 s
     with torch.random.fork_rng(devices=[]):
         model = MoEModel(shape)

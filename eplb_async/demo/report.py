@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -78,6 +77,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     seconds: float
     rebalances: list[Rebalance]
+    steps_per_domain: int
     par_static_by_step: list[float]
     par_live_by_step: list[float]
 
@@ -114,6 +114,7 @@ def summarise(
         num_tokens=next_TRBT.size,
         seconds=seconds,
         rebalances=rebalances,
+        steps_per_domain=stream.steps_per_domain,
         par_static_by_step=[round(value, 4) for value in static_TL.mean(axis=1).tolist()],
         par_live_by_step=[round(value, 4) for value in live_TL.mean(axis=1).tolist()],
     )
@@ -145,7 +146,7 @@ def _rebalances(
     return found
 
 
-def show(summary: Summary, stream: Stream, console: Console) -> None:
+def show(summary: Summary, console: Console) -> None:
     """The tables."""
     layers = len(summary.rebalances[0].before) if summary.rebalances else 0
     table = Table(
@@ -170,8 +171,8 @@ def show(summary: Summary, stream: Stream, console: Console) -> None:
         row = [str(item.plan), str(item.first_step), item.domain, *cells]
         table.add_row(*row, str(item.moves), f"{item.bytes_moved / 1024:,.0f}", taken)
     console.print(table)
-    console.print(_chart("static placement", summary.par_static_by_step, stream))
-    console.print(_chart("as served", summary.par_live_by_step, stream))
+    console.print(_chart("static placement", summary.par_static_by_step, summary.steps_per_domain))
+    console.print(_chart("as served", summary.par_live_by_step, summary.steps_per_domain))
     for name, value in _facts(summary):
         console.print(f"  {name:34} {value}")
 
@@ -199,16 +200,10 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _chart(name: str, values: Sequence[float], stream: Stream) -> str:
+def _chart(name: str, values: Sequence[float], steps_per_domain: int) -> str:
     """One line of blocks, a block per four steps, from PAR 1.0 to 2.0."""
     means = [float(np.mean(values[first : first + 4])) for first in range(0, len(values), 4)]
     blocks = [_BLOCKS[min(7, max(0, int((value - 1.0) * 8)))] for value in means]
-    per_domain = max(1, stream.steps_per_domain // 4)
+    per_domain = max(1, steps_per_domain // 4)
     groups = ["".join(blocks[first : first + per_domain]) for first in range(0, len(blocks), per_domain)]
     return f"  {name:18} {'|'.join(groups)}"
-
-
-def as_json(summary: Summary) -> dict[str, Any]:
-    """One JSON-able object."""
-    data: dict[str, Any] = msgspec.to_builtins(summary)
-    return data

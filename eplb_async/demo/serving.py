@@ -27,7 +27,7 @@ from eplb_async.demo.text import Stream
 from eplb_async.rank.hook import RankHook
 from eplb_async.rank.transfer.shm import SharedWeights, share_weights
 
-__all__ = ["GROUP", "RankResult", "ServeRequest", "demo_spec", "serve_rank"]
+__all__ = ["GROUP", "RankResult", "ServeRequest", "ShardedExperts", "demo_spec", "serve_rank"]
 
 GROUP = "demo"
 COLLECTIVE_DEADLINE_S = 60

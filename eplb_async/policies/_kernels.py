@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 __all__ = ["CACHE", "heaviest_first", "node_of_expert", "pack", "plan_layers", "replicate", "separate"]
 
-CACHE = bool(numba.config.CACHE_DIR)
+CACHE = bool(numba.config.CACHE_DIR)  # type: ignore[attr-defined]
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from eplb_async.shm.launch import daemon_running, ensure_daemon
+from numpy.typing import NDArray
 
 from eplb_async.core.config import Settings
-from eplb_async.core.errors import DaemonUnavailable, SpecMismatch, TransferFailed
+from eplb_async.core.errors import (
+    DaemonUnavailable,
+    PeerLost,
+    PlacementError,
+    SegmentMissing,
+    SpecMismatch,
+    TransferFailed,
+)
 from eplb_async.core.load import LoadKind
 from eplb_async.core.placement import IntArray, initial_placement, validate_placement
 from eplb_async.core.spec import MoESpec
@@ -27,6 +34,7 @@ from eplb_async.rank.transfer.registry import open_transfer
 from eplb_async.rank.verification import ExpertFingerprints, slot_fingerprints
 from eplb_async.rank.weights import LayerTensors, WeightRows
 from eplb_async.shm.export import ExportInfo, RankExport
+from eplb_async.shm.launch import daemon_running, ensure_daemon
 from eplb_async.shm.ring import LoadRing
 from eplb_async.shm.segment import Segment, prepare_runtime_dir
 from eplb_async.shm.words import GroupInfo
@@ -92,6 +100,8 @@ def assemble(request: AttachRequest) -> Parts:
     spec, settings = request.spec, request.settings
     given = request.placement if request.placement is not None else initial_placement(spec)
     placement_LP = validate_placement(np.asarray(given), spec)
+    if len(placement_LP) != spec.num_layers:
+        raise PlacementError(f"a placement of {len(placement_LP)} layers was given; the spec has {spec.num_layers}")
     kind = check_load(request.load, spec, request.load_kind)
     rows = WeightRows(request.weights, spec)
     directory = prepare_runtime_dir(settings.directory)
@@ -127,22 +137,27 @@ class _Joining:
         self._ring: LoadRing
         verify = request.settings.hook.verify
         rows = transfer.weights
-        shape = (info.spec.num_layers, info.spec.slots_per_rank, max(len(tensors) for tensors in rows.rows))
-        self._own = slot_fingerprints(rows, placement_LP, request.rank) if verify else np.zeros(shape, dtype=np.int64)
+        # an empty array tells the others that this rank took none
+        none = np.zeros((0, 0, 0), dtype=np.int64)
+        self._own = slot_fingerprints(rows, placement_LP, request.rank) if verify else none
 
     def join(self, directory: Path) -> Parts:
-        request, info, settings = self._request, self._info, self._request.settings
-        membership = Membership(info, request.rank, directory)
-        membership.join(self._placement_LP, self._publish, self._start_daemon, settings.hook.attach_deadline_s)
+        deadline_s = self._request.settings.hook.attach_deadline_s
+        membership = Membership(self._info, self._request.rank, directory)
+        membership.join(self._placement_LP, self._publish, self._start_daemon, deadline_s)
         try:
-            fingerprints = self._connect(membership)
+            return self._parts(membership, self._connect(membership))
         except BaseException:
             membership.leave()
             raise
+
+    def _parts(self, membership: Membership, fingerprints: ExpertFingerprints | None) -> Parts:
+        request, info, settings = self._request, self._info, self._request.settings
         maps = Maps(self._placement_LP, info.spec, request.load.device)
-        reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
         stager = Stager(self._transfer, settings.hook, fingerprints.of if fingerprints else lambda layer, expert: None)
         live = membership.live if request.rank == LIVE_WRITER else None
+        recorder = Recorder(request.load, self._ring)
+        reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
         return Parts(
             info=info,
             rank=request.rank,
@@ -154,7 +169,7 @@ class _Joining:
             stager=stager,
             committer=Committer(self._transfer, maps, stager, live),
             maps=maps,
-            recorder=Recorder(request.load, self._ring),
+            recorder=recorder,
             capturing=torch.cuda.is_current_stream_capturing if request.load.is_cuda else _never,
         )
 
@@ -183,17 +198,28 @@ class _Joining:
         if live is None or not np.array_equal(live[0], self._placement_LP):
             raise SpecMismatch(info.group, ["the placement given here is not the one that the group started with"])
         for rank in range(info.spec.num_ranks):
-            export = RankExport.open(info.group, rank, membership.words.incarnation)
-            if export.info.transfer != self._transfer.name:
-                raise TransferFailed(
-                    f"rank {rank} moves weights by {export.info.transfer}, this rank by {self._transfer.name}"
-                )
-            self._transfer.connect(rank, export.info.exported)
-            collected.append(np.array(export.fingerprints))
-            export.close()
+            try:
+                collected.append(self._reach(rank, membership.words.incarnation))
+            except (SegmentMissing, TransferFailed) as error:
+                if not membership.words.ended:
+                    raise
+                raise PeerLost(info.group, rank, 0, 0.0, "it left while this rank attached") from error
         if not self._request.settings.hook.verify:
             return None
         return ExpertFingerprints(np.concatenate(collected, axis=1), self._placement_LP, info.spec)
+
+    def _reach(self, rank: int, incarnation: int) -> NDArray[np.int64]:
+        """Connect to one rank; returns its fingerprints, int64 [L, S, tensors]."""
+        export, group = RankExport.open(self._info.group, rank, incarnation), self._info.group
+        if export.info.transfer != self._transfer.name:
+            here = self._transfer.name
+            raise TransferFailed(f"rank {rank} moves weights by {export.info.transfer}, this rank by {here}")
+        if self._request.settings.hook.verify and export.info.shape != self._own.shape:
+            raise SpecMismatch(group, [f"hook.verify is True here and False on rank {rank}"])
+        self._transfer.connect(rank, export.info.exported)
+        fingerprints = np.array(export.fingerprints, dtype=np.int64)
+        export.close()
+        return fingerprints
 
 
 def _never() -> bool:

@@ -5,7 +5,6 @@
 
 Nothing in it waits for the daemon. It waits for another rank only if that rank's word of `lag` steps ago is not there.
 """
-# size: attach has the keyword arguments that design section 8 names, and three that are rarely used
 
 import logging
 import time
@@ -69,6 +68,7 @@ class RankHook:
         self._last_error = ""
         self._times = {phase: PhaseTimes() for phase in HookPhase}
 
+    # size: the keyword arguments that design section 8 names, and three that are rarely used
     @classmethod
     def attach(
         cls,
@@ -101,6 +101,7 @@ class RankHook:
         Raises:
             SpecError, PlacementError, ConfigError, UnknownName: an argument does not fit.
             SpecMismatch, RankTaken, AttachTimeout: it does not fit the other ranks, or they do not come.
+            PeerLost: another rank left, as it failed to attach.
             SegmentError: shared memory cannot be made, or what is there is not ours.
             DaemonUnavailable: see `daemon`.
         """

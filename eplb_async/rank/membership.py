@@ -24,6 +24,7 @@ import posix_ipc
 from eplb_async.core.errors import AttachTimeout, RankTaken, SegmentError, SegmentMissing, SegmentRefused, SpecMismatch
 from eplb_async.core.placement import IntArray
 from eplb_async.shm.board import PlanBoard
+from eplb_async.shm.launch import group_lock_path
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.live import LivePlacement
 from eplb_async.shm.segment import Segment, file_lock, list_segments
@@ -45,7 +46,7 @@ class Membership:
 
     def __init__(self, info: GroupInfo, rank: int, runtime_dir: Path) -> None:
         self.info, self.rank = info, rank
-        self._lock_path = runtime_dir / f"{info.group}.lock"
+        self._lock_path = group_lock_path(runtime_dir, info.group)
         self.words: AgreementWords
         self.board: PlanBoard
         self.live: LivePlacement

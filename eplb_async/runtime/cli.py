@@ -16,7 +16,7 @@ from eplb_async.core.config import Settings, load_settings
 from eplb_async.core.errors import EplbError
 from eplb_async.runtime import cli_show
 
-__all__ = ["app", "main"]
+__all__ = ["app", "gc", "history", "main", "pause", "rebalance", "resume", "serve", "status"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -177,22 +177,6 @@ def gc(
         _print_json({"removed": not dry_run, "segments": [segment._asdict() for segment in found]})
     else:
         cli_show.show_garbage(found, dry_run=dry_run)
-
-
-@app.command(
-    epilog="Example: [bold]eplb-async demo --json > demo.json[/]. It checks itself: status 1 if any output differs."
-)
-def demo(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
-    seconds: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=1, help="Stream text for about so long.")
-    ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Rank processes.")] = 4,
-) -> None:
-    """Serve a small MoE model with expert parallelism, rebalance it live, and prove that its outputs stay the same."""
-    from eplb_async.demo.main import run
-
-    raise typer.Exit(run(as_json=as_json, seconds=seconds, ranks=ranks))
 
 
 def _settings(config: Path | None, runtime_dir: Path | None, exit_when_idle: float | None = None) -> Settings:

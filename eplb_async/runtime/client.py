@@ -118,6 +118,8 @@ class ControlClient:
         self.close()
 
     def _connection(self, limit: float) -> socket.socket:
+        if self._socket is not None and self._hung_up(self._socket):
+            self.close()
         if self._socket is None:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -132,6 +134,17 @@ class ControlClient:
             self._socket = connection
         self._socket.settimeout(limit)
         return self._socket
+
+    @staticmethod
+    def _hung_up(connection: socket.socket) -> bool:
+        """True if the daemon closed an idle connection, as it does after a while."""
+        connection.setblocking(False)
+        try:
+            return connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
 
     def _read_line(self, connection: socket.socket, end: float) -> bytes:
         parts, size = [self._rest], len(self._rest)

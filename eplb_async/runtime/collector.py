@@ -25,7 +25,7 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.row_history import RowHistory
 from eplb_async.shm.ring import PHASES, Batch, LoadRing
 
-__all__ = ["Collector", "RingStatistics"]
+__all__ = ["READ_AT_ONCE", "Collector", "RingStatistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,10 @@ class RingStatistics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Reader:
-    """One ring and what was seen of it. `waiting` holds records whose placement is not certain yet."""
+    """One ring and what was seen of it.
+
+    `waiting` holds records whose placement is not certain yet, `largest` bounds the counts in it.
+    """
 
     def __init__(self, ring: LoadRing) -> None:
         self.ring, self.rank, self.kind = ring, ring.info.rank, ring.info.kind
@@ -58,6 +61,7 @@ class _Reader:
         self.waiting: deque[Batch] = deque()
         self.records = self.lost = self.missed = self.damaged = self.unfolded = 0
         self.started = False
+        self.largest = 0
 
 
 class Collector:
@@ -103,8 +107,8 @@ class Collector:
         """The first step of a window."""
         return window * self._window_steps
 
-    def drain(self, rank: int, newest_step: Callable[[], int]) -> bool:
-        """Read what one rank has recorded, up to READ_AT_ONCE records; true if more may be there.
+    def drain(self, rank: int, newest_step: Callable[[], int]) -> int:
+        """Read what one rank has recorded, up to READ_AT_ONCE records; how many: READ_AT_ONCE if more may be there.
 
         Args:
             rank: whose ring.
@@ -112,12 +116,10 @@ class Collector:
                 step's forward, so a record of a later step is damaged.
         """
         reader = self._readers[rank]
-        if len(reader.waiting) * READ_AT_ONCE < reader.ring.info.num_records + READ_AT_ONCE:
-            batch = reader.ring.read(READ_AT_ONCE)
-        else:
-            # records wait for a placement that does not become certain: rather leave new ones in the ring
-            batch = reader.ring.read(0)
-        more = len(batch.step) == READ_AT_ONCE
+        # records may wait for a placement that does not become certain: then rather leave new ones in the ring
+        room = reader.ring.info.num_records - sum(len(batch.step) for batch in reader.waiting)
+        batch = reader.ring.read(max(0, min(READ_AT_ONCE, room)))
+        num_read = len(batch.step)
         self._count_lost(reader, batch.lost)
         if len(batch.step):
             batch = self._valid(reader, batch, newest_step())
@@ -127,7 +129,7 @@ class Collector:
                     reader.first_step = int(batch.step[0])
                 reader.waiting.append(batch)
         self._fold_waiting(reader)
-        return more
+        return num_read
 
     def complete(self, gone: Collection[int]) -> int:
         """Close the windows that every ring has passed, not counting those of ranks that are gone; how many."""
@@ -184,8 +186,11 @@ class Collector:
         bad = (batch.step <= previous) | (batch.step > newest_step)
         bad |= (batch.phase < 0) | (batch.phase >= len(PHASES)) | (batch.version < 0)
         # seen as unsigned, a negative count is a huge one: one pass finds both
-        if int(batch.counts.view(np.uint32).max()) > _INT32_MAX:
+        largest = int(batch.counts.view(np.uint32).max())
+        if largest > _INT32_MAX:
             bad |= batch.counts.min(axis=(1, 2)) < 0
+            largest = _INT32_MAX
+        reader.largest = max(largest, reader.largest) if reader.waiting else largest
         if not bad.any():
             return batch
         if not reader.damaged:
@@ -228,7 +233,7 @@ class Collector:
             if placement is None:
                 return False
         counts = batch.counts[first:last]
-        small = int(counts.max(initial=0)) * (last - first) <= _INT32_MAX
+        small = reader.largest * (last - first) <= _INT32_MAX
         load = np.add.reduce(counts, axis=0, dtype=np.int32 if small else np.int64)
         if placement is not None:
             load = self._folded(reader, load, placement, last - first)

@@ -116,14 +116,13 @@ class Daemon:
                 loop.remove_signal_handler(number)
         logger.info("stopping")
         systemd.notify("STOPPING=1")
-        # sessions before what they use; each cancels the tasks it started
-        sessions = list(self._session_tasks)
-        for task in sessions:
-            task.cancel()
-        if sessions:
-            await asyncio.wait(sessions)
-        for task in services:
-            task.cancel()
+        # discovery first, or it would serve the groups anew; then sessions, then what they use
+        *others, discovery = services
+        for tasks in ([discovery], list(self._session_tasks), others):
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
 
     async def _discover(self, tasks: asyncio.TaskGroup, until_unlocked: contextlib.AsyncExitStack) -> None:
         idle_since = self._clock.monotonic_s()
@@ -140,16 +139,17 @@ class Daemon:
 
     def _may_leave(self, until_unlocked: contextlib.AsyncExitStack) -> bool:
         """Take start.lock until our own lock is free, if nobody is starting a daemon and no group has come; see launch.py."""
-        file = until_unlocked.enter_context(start_lock_path(self._directory).open("a"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        groups = [group for _, group, kind in list_segments() if kind == "group"]
-        living = [group for group in groups if self._is_ours(group) and self._is_living(group)]
-        if living:
-            fcntl.flock(file, fcntl.LOCK_UN)
-        return not living
+        with contextlib.ExitStack() as held:
+            file = held.enter_context(start_lock_path(self._directory).open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            groups = [group for _, group, kind in list_segments() if kind == "group"]
+            if any(self._is_ours(group) and self._is_living(group) for group in groups):
+                return False
+            until_unlocked.push(held.pop_all())
+            return True
 
     def _is_ours(self, group: str) -> bool:
         """True if its ranks use this runtime directory: shared memory belongs to the user, a daemon to a directory."""

@@ -19,9 +19,9 @@ from eplb_async.core.clock import Clock
 from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import Plan, generation_of
-from eplb_async.core.score import windows_par
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
 from eplb_async.runtime.collector import Collector
+from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
 from eplb_async.runtime.pool import PolicyPool
 from eplb_async.runtime.publisher import PlanEnd, Publisher
@@ -78,12 +78,20 @@ class Decider:
         self.paused = False
         self.next_number = first_number
         self.par_live = 1.0
+        spec = parts.words.info.spec
+        self._par = LivePar(spec.topology, spec.num_layers)
         self._step = self._decided_at = -1
+        self.wake = asyncio.Event()
         self._requests: list[_Request] = []
         self._planning: asyncio.Task[PlanProposal | EplbError] | None = None
         self._open: _Open | None = None
         self._measuring: tuple[int, int] | None = None
         self._policy_state: tuple[str, bytes] = ("", b"")
+
+    @property
+    def busy(self) -> bool:
+        """True while a decision is under way, up to the end of its plan."""
+        return self._open is not None
 
     @property
     def planning(self) -> bool:
@@ -94,6 +102,7 @@ class Decider:
         """Decide as soon as possible, whatever the trigger says; returns once the outcome is final."""
         request = _Request(dry_run)
         self._requests.append(request)
+        self.wake.set()
         return await request.answer
 
     def step(self, words: Sequence[Word], ended: PlanEnd | None, new_windows: int) -> None:
@@ -110,7 +119,7 @@ class Decider:
         if ended is not None:
             self._follow_end(ended, max(word.step for word in words))
         if new_windows or ended is not None:
-            self.par_live = self._mean_with_load(self._live_par())
+            self.par_live = mean_with_load(self._live_par())
         if new_windows:
             self._measure()
         if self._planning is not None and self._planning.done():
@@ -127,6 +136,8 @@ class Decider:
         if self._open is not None:
             self._finish(outcome=Outcome.UNKNOWN, why=why)
         for request in self._requests:
+            if request.answer.done():
+                continue  # nobody waits any more
             request.answer.set_exception(EplbError(f"the group has ended: {why}"))
         self._requests.clear()
 
@@ -171,7 +182,7 @@ class Decider:
                 trigger=trigger,
                 policy=self.settings.policy,
                 outcome=Outcome.PLANNING,
-                par_live=self._mean_with_load(live_L),
+                par_live=mean_with_load(live_L),
                 par_live_L=_rounded(live_L),
             )
         )
@@ -187,6 +198,8 @@ class Decider:
             return await self._parts.pool.plan(request, self.settings.policy_deadline_s)
         except EplbError as error:
             return error
+        finally:
+            self.wake.set()
 
     def _plan_request(self, generation: int) -> PlanRequest:
         parts, settings = self._parts, self.settings
@@ -269,12 +282,12 @@ class Decider:
         if self._measuring is None:
             return
         (number, after_step), collector = self._measuring, self._parts.collector
-        loads = [load for window, load in collector.windows if collector.first_step_of(window) > after_step]
-        if loads:
-            realised_L = self._par_of(np.array(loads, dtype=np.float64))
-            mean = self._mean_with_load(realised_L)
+        windows = [window for window in collector.windows if collector.first_step_of(window[0]) > after_step]
+        if windows:
+            realised_L = self._par.of(windows, self._parts.publisher.rows_LP)
+            mean = mean_with_load(realised_L)
             self._parts.history.change(number, par_realised=mean, par_realised_L=_rounded(realised_L))
-        if len(loads) >= REALISED_WINDOWS:
+        if len(windows) >= REALISED_WINDOWS:
             self._measuring = None
 
     def _finish(self, **fields: Any) -> None:
@@ -290,19 +303,7 @@ class Decider:
             opened.request.answer.set_result(decision)
 
     def _live_par(self) -> NDArray[np.float64]:
-        return self._par_of(self._parts.collector.windows_TLE)
-
-    def _par_of(self, windows_TLE: NDArray[np.float64]) -> NDArray[np.float64]:
-        """PAR per layer of the live placement; NaN for a layer without load."""
-        if not len(windows_TLE):
-            return np.full(self._parts.words.info.spec.num_layers, np.nan)
-        par_L = windows_par(windows_TLE, self._parts.publisher.rows_LP, self._parts.words.info.spec.topology)
-        return np.where(windows_TLE.any(axis=(0, 2)), par_L, np.nan)
-
-    @staticmethod
-    def _mean_with_load(par_L: NDArray[np.float64]) -> float:
-        loaded = par_L[~np.isnan(par_L)]
-        return float(loaded.mean()) if len(loaded) else 1.0
+        return self._par.of(self._parts.collector.windows, self._parts.publisher.rows_LP)
 
 
 def _rounded(par_L: NDArray[np.float64]) -> tuple[float, ...]:

@@ -11,8 +11,6 @@ from eplb_async.runtime.daemon import serve
 
 __all__ = ["run_daemon"]
 
-logger = logging.getLogger(__name__)
-
 
 def run_daemon(read_settings: Callable[[], Settings], ready_fd: int | None) -> None:
     """Serve until told to stop.
@@ -35,5 +33,4 @@ def run_daemon(read_settings: Callable[[], Settings], ready_fd: int | None) -> N
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        logger.critical("the daemon stops: %s", error)
         raise error from None

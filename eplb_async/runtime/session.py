@@ -10,6 +10,7 @@ Each look at the group, in this order, because each step relies on the one befor
 """
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -20,7 +21,7 @@ from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import SegmentMissing, SegmentRefused
 from eplb_async.core.plan import generation_of, position_of
 from eplb_async.observability.history import DecisionHistory
-from eplb_async.runtime.collector import Collector, RingStatistics
+from eplb_async.runtime.collector import READ_AT_ONCE, Collector, RingStatistics
 from eplb_async.runtime.decider import Decider, GroupParts
 from eplb_async.runtime.messages import GroupStatus, PlanProgress, RankStatus
 from eplb_async.runtime.pool import PolicyPool
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 LIVENESS_S = 0.5
 """How often processes are looked at."""
+MAX_STRETCH = 4
+"""Most poll intervals between two looks at a quiet group."""
 STATUS_DECISIONS = 8
 """Newest decisions in a status."""
 
@@ -99,6 +102,8 @@ class GroupSession:
         self._board, self._live, self._history = board, live, context.history
         self._gone: dict[int, str] = {}
         self._next_liveness_s = 0.0
+        self._stretch = 1
+        self._num_records = min(ring.info.num_records for ring in rings.values())
 
     async def run(self) -> None:
         """Serve the group until its incarnation is over."""
@@ -107,7 +112,7 @@ class GroupSession:
             await self._look()
             if over := self._over():
                 break
-            await asyncio.sleep(self._settings.poll_interval_s)
+            await self._nap()
         logger.info("group %s: incarnation %d has ended: %s", self.group, self.incarnation, over)
         await self.decider.close(over)
 
@@ -158,23 +163,41 @@ class GroupSession:
         self._newest = [self._words_map.newest(rank) or self._newest[rank] for rank in range(len(self._newest))]
         ended = self.publisher.observe(self._newest)
         self._look_for_gone()
-        for rank in range(len(self._newest)):
-            await self._drain(rank)
+        most = max([await self._drain(rank) for rank in range(len(self._newest))])
+        self._adapt(most / self._num_records)
         new_windows = self.collector.complete(self._gone)
         self.decider.step(self._newest, ended, new_windows)
         if why := late_plan(self.publisher.active, self._clock.monotonic_s(), self._settings.plan_deadline_s):
             self.publisher.abort(why)
 
-    async def _drain(self, rank: int) -> None:
-        """Read one ring to its end, in parts between which the event loop runs."""
+    async def _drain(self, rank: int) -> int:
+        """Read one ring to its end, in parts between which the event loop runs; how many records."""
 
         def newest_step() -> int:
             return self._words_map.member(rank).newest_step
 
-        more = True
-        while more:
-            more = self.collector.drain(rank, newest_step)
+        total = part = self.collector.drain(rank, newest_step)
+        while part == READ_AT_ONCE:
             await asyncio.sleep(0)
+            total += (part := self.collector.drain(rank, newest_step))
+        await asyncio.sleep(0)
+        return total
+
+    async def _nap(self) -> None:
+        """Until the next look: soon while something is under way, less often while rings fill slowly."""
+        interval_s = self._settings.poll_interval_s
+        if not self.decider.busy:
+            interval_s *= self._stretch
+        self.decider.wake.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.decider.wake.wait(), interval_s)
+
+    def _adapt(self, fullest: float) -> None:
+        """A look has its own cost: stretch the time between them as long as no ring gets a quarter full."""
+        if fullest > 0.25:
+            self._stretch = 1
+        elif fullest < 0.125:
+            self._stretch = min(MAX_STRETCH, 2 * self._stretch)
 
     def _over(self) -> str:
         """Why the incarnation is over; "" while it is not."""

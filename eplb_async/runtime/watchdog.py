@@ -14,7 +14,7 @@ __all__ = ["LoopLag", "gone_ranks", "late_plan"]
 
 logger = logging.getLogger(__name__)
 
-LAG_INTERVAL_S = 0.1
+LAG_INTERVAL_S = 0.25
 LAG_WARNING_S = 0.5
 """A loop that is held for longer loses records at 200 steps/s with the default ring."""
 

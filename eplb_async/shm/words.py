@@ -120,7 +120,9 @@ class AgreementWords:
         self._words = self._members + LINE * self.num_ranks
         self._stride = LINE * self.history
         self._atomics = atomics()
-        self._block = (ctypes.c_int64 * 17)(0, 0, self.history, 0, 0, 0, 0, 0, self._words, self.num_ranks, self._stride)
+        self._block = (ctypes.c_int64 * 17)(
+            0, 0, self.history, 0, 0, 0, 0, 0, self._words, self.num_ranks, self._stride
+        )
         self._block_address = ctypes.addressof(self._block)
         self._bound_rank = -1
 
@@ -200,7 +202,7 @@ class AgreementWords:
         if rank != self._bound_rank:
             block[0], block[1] = self._words + self._stride * rank, self._members + LINE * rank + _NEWEST
             self._bound_rank = rank
-        block[3:8] = (step, *counters)
+        block[3:8] = [step, *counters]
         self._atomics.publish_step(self._block_address)
 
     def reduce(self, step: int) -> Reduced | tuple[int, int]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings as hypothesis_settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from eplb_async.core import config
@@ -75,7 +76,7 @@ def test_named_file_goes_over_the_variable(file: Path, tmp_path: Path) -> None:
 
 
 def test_pair_that_fits_only_together_is_accepted() -> None:
-    """lag and history are checked once both are set, in whatever order variables are read."""
+    """Lag and history are checked once both are set, in whatever order variables are read."""
     for lag, history in ((1, 4), (40, 82)):
         environ = {"EPLB_ASYNC_HOOK_LAG": str(lag), "EPLB_ASYNC_HOOK_HISTORY": str(history)}
         assert load_settings(None, environ).hook == HookSettings(lag=lag, history=history)

@@ -72,7 +72,8 @@ def test_bytes_lead_back_to_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"entries": []}, {"generation": 0}, {"generation": -1}, {"generation": 1 << 42}, {"generation": 1 << 63}]
+    "changes",
+    [{"entries": []}, {"generation": 0}, {"generation": -1}, {"generation": 1 << 42}, {"generation": 1 << 63}],
 )
 def test_plans_that_cannot_be_are_refused(changes: dict[str, object]) -> None:
     """No entries, and generations whose counters would not fit an int64, are not plans."""

@@ -20,7 +20,7 @@ def naive_rank_load(load_E: list[float], row_P: list[int], topology: Topology) -
 
 
 def naive_par(ranks: list[float]) -> float:
-    """max / mean, 1 without load."""
+    """Max / mean, 1 without load."""
     return max(ranks) / (sum(ranks) / len(ranks)) if sum(ranks) else 1.0
 
 

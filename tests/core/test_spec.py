@@ -55,9 +55,7 @@ def test_topology_refuses_too(changes: dict[str, int], word: str) -> None:
         Topology(**{"num_ranks": 4, "slots_per_rank": 2, **changes})
 
 
-@given(
-    ranks=st.integers(1, 9), slots=st.integers(1, 9), experts=st.integers(1, 81), table_length=st.integers(0, 12)
-)
+@given(ranks=st.integers(1, 9), slots=st.integers(1, 9), experts=st.integers(1, 81), table_length=st.integers(0, 12))
 def test_initial_placement_fits_every_spec(ranks: int, slots: int, experts: int, table_length: int) -> None:
     """A spec that is accepted has dispatch rows long enough for the placement that it starts from."""
     redundant = ranks * slots - experts

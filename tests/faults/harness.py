@@ -185,7 +185,7 @@ class FaultGroup:
             return None
 
     def kill_daemon(self, moment: str, pid: int, rng: np.random.Generator) -> bool:
-        """kill -9 at a moment of MOMENTS; false if that moment did not come in time (it is killed all the same)."""
+        """Kill it with -9 at a moment of MOMENTS; false if that moment did not come in time (it is killed all the same)."""
         end, reached = time.monotonic() + 15, False
         sequence = self.board.sequence
         while not reached and time.monotonic() < end:
@@ -196,7 +196,7 @@ class FaultGroup:
         return reached
 
     def kill_rank(self, rank: int) -> None:
-        """kill -9 of a rank."""
+        """Kill a rank with -9."""
         self._processes[rank].kill()
         self._processes[rank].join()
 

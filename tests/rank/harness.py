@@ -139,7 +139,9 @@ class Actor:
                 for index, tensor in enumerate(tensors.values()):
                     found = tensor.reshape(width, -1)[slot].view(torch.uint8).numpy()
                     if expert >= 0 and not np.array_equal(found, expert_bytes(layer, expert, index)):
-                        wrong.append(f"rank {hook.rank} layer {layer} slot {slot}: tensor {index} is not expert {expert}'s")
+                        wrong.append(
+                            f"rank {hook.rank} layer {layer} slot {slot}: tensor {index} is not expert {expert}'s"
+                        )
         return wrong
 
     def statistics_of(self, name: str) -> Any:
@@ -203,7 +205,7 @@ class RankGroup:
         self.group, self.spec = group, spec
         each = [*each, *[{}] * (spec.num_ranks - len(each))]
         self.options = [
-            RankOptions(group=group, rank=rank, spec=spec, settings=settings, **{**options, **own})
+            RankOptions(group=group, rank=rank, spec=spec, **{"settings": settings, **options, **own})
             for rank, own in enumerate(each)
         ]
         self.processes: list[Any] = []
@@ -243,7 +245,7 @@ class RankGroup:
         self.pipes[options.rank : options.rank + 1] = [ours]
 
     def kill(self, rank: int) -> None:
-        """kill -9."""
+        """Kill -9."""
         self.killed.add(rank)
         self.processes[rank].kill()
         self.processes[rank].join(ANSWER_S)

@@ -37,8 +37,9 @@ class Publisher:
     def counters(self) -> list[tuple[int, int]]:
         """(generation, position) of `committed` in the newest word of each rank."""
         words = [self.words.newest(rank) for rank in range(self.spec.num_ranks)]
-        found = [(0, 0) if word is None else (generation_of(word.committed), position_of(word.committed)) for word in words]
-        return found
+        return [
+            (0, 0) if word is None else (generation_of(word.committed), position_of(word.committed)) for word in words
+        ]
 
     @property
     def generation(self) -> int:
@@ -47,9 +48,10 @@ class Publisher:
 
     def done(self, generation: int = 0) -> bool:
         """True if every rank has finished or dropped the plan on the board (or this one)."""
-        posted = self.board.read()
-        wanted = generation or (posted.generation if posted else 0)
-        return min(self.counters()) >= (wanted + 1, 0)
+        if not generation:
+            posted = self.board.read()
+            generation = posted.generation if posted else 0
+        return min(self.counters()) >= (generation + 1, 0)
 
     def plan(self, changes: Sequence[tuple[int, IntArray]], **fields: Any) -> Plan:
         """A plan from the placement that `applied` keeps: (layer, row) one after the other, each split as needed.

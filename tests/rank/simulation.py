@@ -59,7 +59,9 @@ class SimulatedRank:
 class Simulation:
     """N ranks; `forked`: their boards may hold different plans of one generation."""
 
-    def __init__(self, num_ranks: int, lag: int, seed: int, forked: bool, agreement: type[Agreement] = Agreement) -> None:
+    def __init__(
+        self, num_ranks: int, lag: int, seed: int, forked: bool, agreement: type[Agreement] = Agreement
+    ) -> None:
         self.random, self.lag, self.forked = random.Random(seed), lag, forked
         self.ranks = [SimulatedRank(agreement()) for _ in range(num_ranks)]
         self.boards: list[Facts | None] = [None] * num_ranks
@@ -122,7 +124,9 @@ class Simulation:
         # other ranks may have dropped this one already, so only older work counts
         running = [g for other in self.ranks for g in [*other.orphans, *(commit[0] for commit in other.commits)]]
         slowest = min(other.agreement.committed for other in self.ranks)
-        assert slowest >= counter(board.generation, 0) and min(running, default=board.generation) >= board.generation, f"rank {index} starts plan {board.generation} before all have ended the one before"
+        early = f"rank {index} starts plan {board.generation} before all have ended the one before"
+        assert slowest >= counter(board.generation, 0), early
+        assert min(running, default=board.generation) >= board.generation, early
         agreement.adopt(board)
         rank.plan = board
 
@@ -172,7 +176,9 @@ class Simulation:
     def reduced(self, step: int) -> Reduced:
         """What AgreementWords.reduce gives."""
         first = (FIRST_COUNTER, FIRST_COUNTER, 0, NO_PLAN)
-        staged, committed, error, digest = zip(*(r.words[step] if step >= 0 else first for r in self.ranks), strict=True)
+        staged, committed, error, digest = zip(
+            *(r.words[step] if step >= 0 else first for r in self.ranks), strict=True
+        )
         return Reduced(min(staged), min(committed), max(error), min(digest), max(digest))
 
     def check(self, index: int) -> None:
@@ -189,4 +195,6 @@ class Simulation:
         plans = {rank.plan for rank in self.ranks if rank.plan is not None}
         if len(plans) > 1 and len({plan.generation for plan in plans}) == 1:
             forked = counter(next(iter(plans)).generation, 0)
-            assert all(rank.agreement.decided <= forked for rank in self.ranks if rank.plan), "a forked plan was committed"
+            assert all(rank.agreement.decided <= forked for rank in self.ranks if rank.plan), (
+                "a forked plan was committed"
+            )

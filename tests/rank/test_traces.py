@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 
 from eplb_async.core.placement import IntArray
-
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.hook import RankHook
 from tests.model.trace_check import Verdict, check_traces

@@ -118,7 +118,7 @@ class _Late(Completion[None]):
         self._run, self._polls = run, polls
         super().__init__()
 
-    @property  # type: ignore[override]
+    @property
     def done(self) -> bool:
         """True from the last of the polls on."""
         self._polls -= 1

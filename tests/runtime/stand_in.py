@@ -6,8 +6,8 @@ standard input ends. All its ranks share one set of counters, which is what the 
 
 import json
 import os
+import select
 import sys
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +107,13 @@ class StandInGroup:
         """Remove all segments."""
         if end:
             self.words.end()
-        for part in (self.words, self.board, self.live, *self.rings):
+        parts: list[AgreementWords | PlanBoard | LivePlacement | LoadRing] = [
+            self.words,
+            self.board,
+            self.live,
+            *self.rings,
+        ]
+        for part in parts:
             part.segment.unlink()
             part.close()
 
@@ -159,12 +165,10 @@ def main() -> None:
     info, step_s = group_info(arguments.pop("group"), spec), arguments.pop("step_s", 0.002)
     arguments["kind"] = LoadKind(arguments.get("kind", "logical"))
     group = StandInGroup(info, StandInOptions(**arguments))
-    os.set_blocking(0, False)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    while sys.stdin.buffer.raw.read(1) is None:  # type: ignore[attr-defined]
+    while not select.select([0], [], [], step_s)[0]:
         group.step()
-        time.sleep(step_s)  # a rank's forward takes time
     group.close()
 
 

@@ -134,7 +134,7 @@ def test_bad_policy_fails_its_decision_only(
 def test_killed_daemon_is_succeeded(
     start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str
 ) -> None:
-    """kill -9 with a plan on its way: the next daemon takes the socket and the group over and rebalances."""
+    """After kill -9 the workers are gone too, and the next daemon takes the socket and the group over and rebalances."""
     first = start_daemon()
     start_ranks()
     with ControlClient(daemon_settings) as client:
@@ -199,6 +199,21 @@ def test_sigterm_leaves_no_socket_and_status_0(
     assert not socket_path(daemon_settings.directory).exists()
     assert not daemon_running(daemon_settings)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pool)
+
+
+def test_stopping_daemon_does_not_serve_groups_anew(
+    start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Discovery, however often it looks, does not open a session for the group whose session was just closed."""
+    monkeypatch.setenv("EPLB_ASYNC_DAEMON_DISCOVERY_INTERVAL_S", "1e-6")
+    daemon = start_daemon()
+    start_ranks()
+    with ControlClient(daemon_settings) as client:
+        until(lambda: group_of(client, group), "the group")
+    daemon.send_signal(signal.SIGTERM)
+    _, log = daemon.communicate(timeout=DEADLINE_S)
+    assert daemon.returncode == 0
+    assert log.count("incarnation 1 of 4 ranks") == 1
 
 
 def test_second_daemon_is_refused(start_daemon: Start, daemon_settings: Settings) -> None:

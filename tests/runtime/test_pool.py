@@ -44,9 +44,9 @@ def request_for(policy: str, **options: Any) -> PlanRequest:
 
 
 @contextlib.asynccontextmanager
-async def running(num_workers: int = 1) -> AsyncIterator[PolicyPool]:
+async def running(directory: Path, num_workers: int = 1) -> AsyncIterator[PolicyPool]:
     """A pool for the length of a block."""
-    pool = PolicyPool(num_workers, "t-greedy")
+    pool = PolicyPool(num_workers, "t-greedy", directory / "cache")
     task = asyncio.create_task(pool.run())
     try:
         yield pool
@@ -58,7 +58,7 @@ async def running(num_workers: int = 1) -> AsyncIterator[PolicyPool]:
 
 async def test_plan_comes_back_whole(policies_path: Path) -> None:
     """A policy in a worker gives entries, the policy's state, and numbers; its time is measured."""
-    async with running() as pool:
+    async with running(policies_path) as pool:
         proposal = await pool.plan(request_for("t-greedy"), 30)
     assert proposal.entries
     assert proposal.state == b"seen"
@@ -77,7 +77,7 @@ async def test_plan_comes_back_whole(policies_path: Path) -> None:
 )
 async def test_bad_policy_is_an_error_and_the_next_plan_works(policies_path: Path, policy: str, message: str) -> None:
     """A policy that raises, returns nonsense, crashes or hangs is a PolicyError; a fresh worker serves the next one."""
-    async with running() as pool:
+    async with running(policies_path) as pool:
         with pytest.raises(PolicyError, match=message):
             await pool.plan(request_for(policy), 0.5)
         before = pool.statistics()
@@ -87,7 +87,7 @@ async def test_bad_policy_is_an_error_and_the_next_plan_works(policies_path: Pat
 
 async def test_stuck_worker_is_killed(policies_path: Path) -> None:
     """After the deadline the process of a policy that never returns is gone."""
-    async with running() as pool:
+    async with running(policies_path) as pool:
         await pool.plan(request_for("t-greedy"), 30)
         (pid,) = pool.statistics().pids
         with pytest.raises(PolicyError):
@@ -97,7 +97,7 @@ async def test_stuck_worker_is_killed(policies_path: Path) -> None:
 
 async def test_prints_do_not_break_the_protocol(policies_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What a policy prints, from Python or native code, goes to standard error."""
-    async with running() as pool:
+    async with running(policies_path) as pool:
         proposal = await pool.plan(request_for("t-prints"), 30)
     assert proposal.entries == []
     captured = capfd.readouterr()
@@ -111,14 +111,14 @@ async def test_prints_do_not_break_the_protocol(policies_path: Path, capfd: pyte
 )
 async def test_wrong_settings_are_named(policies_path: Path, change: dict[str, Any], message: str) -> None:
     """An unknown policy or option is an error that names it, not a PolicyError of a broken policy."""
-    async with running() as pool:
+    async with running(policies_path) as pool:
         with pytest.raises(EplbError, match=message):
             await pool.plan(msgspec.structs.replace(request_for("t-greedy"), **change), 30)
 
 
 async def test_worker_killed_while_idle_is_replaced(policies_path: Path) -> None:
     """Somebody kills an idle worker: the next plan is made by another one."""
-    async with running() as pool:
+    async with running(policies_path) as pool:
         await pool.plan(request_for("t-greedy"), 30)
         (pid,) = pool.statistics().pids
         os.kill(pid, signal.SIGKILL)
@@ -133,7 +133,7 @@ async def test_worker_killed_while_idle_is_replaced(policies_path: Path) -> None
 
 async def test_no_worker_outlives_the_pool(policies_path: Path) -> None:
     """Ending the pool ends its processes, a busy one too."""
-    async with running(2) as pool:
+    async with running(policies_path, 2) as pool:
         await pool.plan(request_for("t-greedy"), 30)
         busy = asyncio.create_task(pool.plan(request_for("t-hangs"), 60))
         # a second one is answered only by the other worker

@@ -144,5 +144,7 @@ def test_damaged_board_is_aborted(stand_in: Make) -> None:
     ranks.step()
     ranks.board.post(1, encode_plan(swaps(ranks, 1)))
     ranks.board._plan[3] ^= 0xFF
-    publisher_of(ranks)
+    publisher = publisher_of(ranks)
     assert ranks.board.abort == 1
+    # a plan published now would be dropped at once
+    assert publisher.may_publish(words(ranks)) is None

@@ -31,7 +31,8 @@ def rows_at(rows: RowHistory, version: int) -> list[list[int]]:
     """What placement_at gives, as lists."""
     found = rows.placement_at(version)
     assert found is not None
-    return found[0].tolist()
+    rows_LP: list[list[int]] = found[0].tolist()
+    return rows_LP
 
 
 def test_record_after_what_is_certain_waits() -> None:

@@ -59,7 +59,9 @@ def reduced(records: list[list[int]], step: int) -> tuple[int, list[int]]:
     return -1, [min(columns[1]), min(columns[2]), max(columns[3]), min(columns[4]), max(columns[4])]
 
 
-RECORDS = st.lists(st.tuples(st.sampled_from([3, 3, 3, 3, 4, INVALID]), INT64, INT64, INT64, INT64), min_size=1, max_size=5)
+RECORDS = st.lists(
+    st.tuples(st.sampled_from([3, 3, 3, 3, 4, INVALID]), INT64, INT64, INT64, INT64), min_size=1, max_size=5
+)
 
 
 @given(records=RECORDS, stride=st.integers(1, 3), step=st.sampled_from([3, 4]))

@@ -80,7 +80,7 @@ def test_a_plan_that_is_being_written_is_not_seen(board: PlanBoard) -> None:
 
 
 def test_a_daemon_killed_while_it_writes(board: PlanBoard, group: str) -> None:
-    """kill -9 between the halves of a plan: ranks see nothing, and the next daemon's plan as soon as it is there."""
+    """Kill -9 between the halves of a plan: ranks see nothing, and the next daemon's plan as soon as it is there."""
     board.post(1, b"old")
     code = """
 import sys

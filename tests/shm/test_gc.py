@@ -187,7 +187,7 @@ def test_a_name_taken_over_meanwhile_is_left(group: str, monkeypatch: pytest.Mon
         assert line_of(process) == "ready"
         kill(process)
     unlink = posix_ipc.unlink_shared_memory
-    successors = []
+    successors: list[Segment] = []
 
     def unlink_and_attach(name: str) -> None:
         unlink(name)

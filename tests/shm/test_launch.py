@@ -73,7 +73,7 @@ def test_daemon_that_cannot_start_is_told_with_its_log(settings: Settings, monke
 
 def test_daemon_that_is_not_ready_in_time_is_told(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that never says it is ready costs no more than the deadline."""
-    monkeypatch.setattr(launch.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     monkeypatch.setattr(launch, "_DETACH", "sleep 2 &")
     with pytest.raises(DaemonUnavailable, match="not ready in time"):
         ensure_daemon(settings, 0.2)

@@ -43,9 +43,9 @@ def test_names_lead_back_to_group_and_kind(group: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "board", "eplb_async", "eplb_async.0.main", "eplb_async.0.main.map", "eplb_async.x.main.board"]
-    + ["eplb_async.0.main.ring", "eplb_async.0.main.ring.x", "eplb_async.0.main.board.1", "eplb_async.0..board"]
-    + ["xeplb_async.0.main.board", "eplb_async.0.main.boards", "sem.eplb_async.0.main.board", "eplb_async.0.a\n.board"],
+    """|board|eplb_async|eplb_async.0.main|eplb_async.0.main.map|eplb_async.x.main.board|eplb_async.0.main.ring
+eplb_async.0.main.ring.x|eplb_async.0.main.board.1|eplb_async.0..board|xeplb_async.0.main.board|eplb_async.0.main.boards
+sem.eplb_async.0.main.board|eplb_async.0.a\t.board.""".replace("\n", "|").split("|"),
 )
 def test_other_names_are_not_ours(name: str) -> None:
     """What another program may have put there is not taken for a segment."""

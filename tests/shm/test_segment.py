@@ -183,12 +183,13 @@ def test_more_than_there_is_leaves_no_name(name: str) -> None:
 def test_unlink_leaves_a_successor_alone(made: Segment) -> None:
     """Whoever unlinks a segment whose name was taken over removes nothing."""
     opened = Segment.open(made.name, LAYOUT)
-    assert not opened.replaced
+    replaced = [opened.replaced]
     made.unlink()
     made.unlink()
-    assert opened.replaced
+    replaced.append(opened.replaced)
     successor = Segment.create(made.name, LAYOUT, 100).publish()
-    assert opened.replaced
+    replaced.append(opened.replaced)
+    assert replaced == [False, True, True]
     opened.unlink()
     assert not successor.replaced
     assert path_of(successor).exists()
@@ -228,9 +229,9 @@ sys.stdin.read()
     with running(code, name) as process:
         assert line_of(process) == "made"
         segment = Segment.open(name, LAYOUT)
-        assert segment.owner_alive
+        alive = [segment.owner_alive]
         kill(process, reap=False)
-        assert not segment.owner_alive
+        assert [*alive, segment.owner_alive] == [True, False]
     segment.unlink()
 
 

@@ -1,0 +1,231 @@
+"""What an engine sees of the hook, on one rank."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eplb_async.core.errors import HookClosed, LifecycleError, UnknownName
+from eplb_async.core.load import LoadKind, Phase
+from eplb_async.core.plan import FIRST_COUNTER, counter
+from eplb_async.rank.hook import RankHook
+from eplb_async.shm.ring import PHASES, Batch, LoadRing
+from tests.rank.publisher import Publisher
+from tests.rank.solo import SOLO, attached
+
+
+def records(hook: RankHook) -> Batch:
+    """What a daemon reads from the ring of rank 0."""
+    ring = LoadRing.open(hook.group, 0, hook._parts.membership.words.incarnation)
+    batch = ring.read()
+    ring.close()
+    return batch
+
+
+def run_plan(hook: RankHook, daemon: Publisher) -> None:
+    """Change all layers, to the last commit."""
+    changes = [(layer, np.roll(daemon.rows_LP[layer], 1)) for layer in range(SOLO.num_layers)]
+    plan = daemon.post(daemon.plan(changes))
+    while not daemon.done():
+        with hook.step():
+            time.sleep(1e-4)  # a forward that leaves the interpreter to the threads, as real ones do
+    daemon.applied(plan)
+
+
+def test_a_step_records_its_load_and_zeroes_it(group: str, runtime_dir: Path) -> None:
+    """The record holds step, phase, map version, tokens and counts; the tensor is zero for the next step."""
+    with attached(group, runtime_dir) as (hook, load):
+        for step in range(3):
+            with hook.step("prefill", num_tokens=10 + step):
+                load += step + 1
+            assert not load.any()
+        batch = records(hook)
+    assert batch.step.tolist() == [0, 1, 2]
+    assert [PHASES[phase] for phase in batch.phase] == [Phase.PREFILL] * 3
+    assert batch.tokens.tolist() == [10, 11, 12]
+    assert batch.version.tolist() == [FIRST_COUNTER] * 3
+    assert (batch.counts == np.arange(1, 4)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("phase", ["dummy", "profile"])
+def test_idle_steps_count_no_load(group: str, runtime_dir: Path, phase: str) -> None:
+    """Dummy and profile steps are steps and are recorded as such, but without their counts, which are not kept either."""
+    with attached(group, runtime_dir) as (hook, load):
+        with hook.step(phase):
+            load += 5
+        with hook.step(Phase.MIXED):
+            pass
+        batch = records(hook)
+    assert [PHASES[number].value for number in batch.phase] == [phase, "mixed"]
+    assert not batch.counts.any()
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "found"),
+    [
+        (SOLO.num_experts, None, LoadKind.LOGICAL),
+        (SOLO.num_slots, LoadKind.GLOBAL_SLOTS, LoadKind.GLOBAL_SLOTS),
+        (SOLO.slots_per_rank, LoadKind.LOCAL_SLOTS, LoadKind.LOCAL_SLOTS),
+    ],
+)
+def test_the_ring_says_what_is_counted(
+    group: str, runtime_dir: Path, width: int, kind: LoadKind | None, found: LoadKind
+) -> None:
+    """Counts of experts, of all slots, or of own slots go into the ring as they are, with their kind."""
+    load = torch.zeros(SOLO.num_layers, width, dtype=torch.int32)
+    with attached(group, runtime_dir, load=load, load_kind=kind) as (hook, load):
+        with hook.step():
+            load += torch.arange(width, dtype=torch.int32)
+        ring = LoadRing.open(group, 0, hook._parts.membership.words.incarnation)
+        assert ring.info.kind is found
+        assert ring.read().counts[0].tolist() == [list(range(width))] * SOLO.num_layers
+        ring.close()
+
+
+def test_counts_carry_the_version_of_the_maps_they_were_made_with(group: str, runtime_dir: Path) -> None:
+    """The version of a record is `decided` when its forward began: it changes at the step of the commit."""
+    with attached(group, runtime_dir) as (hook, _):
+        daemon = Publisher(group, SOLO)
+        run_plan(hook, daemon)
+        versions = records(hook).version.tolist()
+        daemon.close()
+    assert sorted(set(versions)) == [FIRST_COUNTER, counter(1, 1), counter(2, 0)]
+    assert versions == sorted(versions)
+
+
+def test_a_full_ring_never_blocks(group: str, runtime_dir: Path) -> None:
+    """Without a reader the oldest records are overwritten, and the reader is told how many."""
+    with attached(group, runtime_dir, ring_records=4) as (hook, _):
+        for _ in range(50):
+            hook.before_forward()
+            hook.after_forward()
+        batch = records(hook)
+    assert batch.lost == 46
+    assert batch.step.tolist() == [46, 47, 48, 49]
+
+
+def test_map_tensors_keep_their_memory(group: str, runtime_dir: Path) -> None:
+    """I8: commits rewrite rows in place; captured graphs go on reading the same addresses."""
+    with attached(group, runtime_dir) as (hook, _):
+        maps = hook.slot_to_expert_LP, hook.dispatch_table_LEK, hook.dispatch_count_LE
+        before = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in maps]
+        daemon = Publisher(group, SOLO)
+        for _ in range(3):
+            run_plan(hook, daemon)
+        maps = hook.slot_to_expert_LP, hook.dispatch_table_LEK, hook.dispatch_count_LE
+        assert [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in maps] == before
+        assert hook.slot_to_expert_LP.tolist() == daemon.rows_LP.tolist()
+        daemon.close()
+
+
+def test_an_unknown_phase_is_refused_before_the_step(group: str, runtime_dir: Path) -> None:
+    """The message lists the phases, and the step can still be made."""
+    with attached(group, runtime_dir) as (hook, _):
+        with pytest.raises(UnknownName, match="decode, dummy, mixed, prefill, profile"):
+            hook.before_forward("warmup")
+        with hook.step():
+            pass
+        assert hook.statistics().step == 1
+
+
+def test_steps_do_not_nest(group: str, runtime_dir: Path) -> None:
+    """before_forward twice is an error of the engine; the step that runs is not disturbed."""
+    with attached(group, runtime_dir) as (hook, load):
+        hook.before_forward("decode")
+        load += 1
+        with pytest.raises(LifecycleError, match="after_forward of step 0 was not called"):
+            hook.before_forward("decode")
+        hook.after_forward()
+        hook.after_forward()
+        assert records(hook).counts.sum() == load.numel()
+        assert hook.statistics().step == 1
+
+
+def test_a_forward_that_raises_still_counts_as_a_step(group: str, runtime_dir: Path) -> None:
+    """The other ranks made that step; its load is thrown away."""
+    with attached(group, runtime_dir) as (hook, load):
+        with pytest.raises(ZeroDivisionError), hook.step("decode"):
+            load.add_(1).add_(1 // 0)
+        with hook.step("decode"):
+            load += 2
+        batch = records(hook)
+    assert batch.step.tolist() == [0, 1]
+    assert [PHASES[phase] for phase in batch.phase] == [Phase.DUMMY, Phase.DECODE]
+    assert batch.counts[0].sum() == 0
+    assert (batch.counts[1] == 2).all()
+
+
+def test_a_capture_is_not_a_step(group: str, runtime_dir: Path) -> None:
+    """While a graph is captured the hook does nothing, whatever it is asked."""
+    capturing = False
+    with attached(group, runtime_dir) as (hook, load):
+        hook._parts = dataclasses.replace(hook._parts, capturing=lambda: capturing)
+        with hook.step():
+            pass
+        capturing = True
+        for _ in range(3):
+            with hook.step("decode"):
+                load += 1
+        capturing = False
+        load.zero_()
+        with hook.step():
+            pass
+        batch = records(hook)
+    assert batch.step.tolist() == [0, 1]
+    assert not batch.counts.any()
+
+
+def test_use_after_detach(group: str, runtime_dir: Path) -> None:
+    """A step is refused with the reason; maps and statistics can still be read; a second detach does nothing."""
+    with attached(group, runtime_dir) as (hook, _):
+        with hook.step():
+            pass
+        hook.detach()
+        hook.detach()
+        with pytest.raises(HookClosed, match="it was detached"), hook.step():
+            pass
+        assert hook.statistics().step == 1
+        assert hook.dispatch_count_LE.sum() == SOLO.num_slots * SOLO.num_layers
+
+
+def test_detach_in_the_middle_of_a_step(group: str, runtime_dir: Path) -> None:
+    """The ring is gone when the step ends: nothing is recorded, and nothing breaks."""
+    with attached(group, runtime_dir) as (hook, load):
+        with hook.step():
+            load += 1
+            hook.detach()
+        hook.after_forward()
+
+
+def test_a_step_that_fails_inside_closes_the_hook(
+    group: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word of that step is out: to try again could decide it twice, so only detaching is left."""
+    with attached(group, runtime_dir) as (hook, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(hook, "_adopt", lambda words: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                hook.before_forward()
+        with pytest.raises(HookClosed, match="division by zero"):
+            hook.before_forward()
+
+
+def test_statistics_tell_what_happened(group: str, runtime_dir: Path) -> None:
+    """Plans, commits, rows and bytes since attach, and a time for each phase of the hook."""
+    with attached(group, runtime_dir) as (hook, _):
+        daemon = Publisher(group, SOLO)
+        run_plan(hook, daemon)
+        statistics = hook.statistics()
+        daemon.close()
+    assert (statistics.generation, statistics.position) == (2, 0)
+    assert (statistics.num_plans, statistics.num_commits, statistics.num_drops) == (1, 2, 0)
+    row_bytes = hook._parts.transfer.weights.slot_bytes[0]
+    assert statistics.bytes_pulled == statistics.rows_pulled * row_bytes > 0
+    assert statistics.staging_bytes >= SOLO.slots_per_rank * row_bytes
+    assert list(statistics.times) == ["poll", "agree", "commit", "issue", "record"]
+    assert statistics.times["commit"].num == 2
+    assert statistics.times["agree"].num == statistics.step
+    assert all(0 <= timing.p50_us <= timing.p99_us <= timing.max_us for timing in statistics.times.values())
