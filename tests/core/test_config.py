@@ -37,7 +37,10 @@ def file(tmp_path: Path) -> Path:
 
 def test_defaults_without_file_and_environment() -> None:
     """Nothing given is the documented defaults."""
-    assert load_settings(None, {}) == Settings()
+    settings = load_settings(None, {})
+    assert settings == Settings()
+    assert (settings.hook.lag, settings.hook.history, settings.hook.verify) == (2, 64, True)
+    assert (settings.daemon.policy, settings.daemon.policy_options, settings.daemon.exit_when_idle_s) == ("default", {}, 0)
 
 
 def test_file_goes_over_defaults(file: Path) -> None:

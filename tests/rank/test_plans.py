@@ -9,6 +9,7 @@ import pytest
 from eplb_async.core.placement import EMPTY, IntArray, weighted_dispatch_row
 from eplb_async.core.plan import Plan, encode_plan
 from eplb_async.core.spec import MoESpec
+from eplb_async.rank.plan_reader import BadPlan
 from tests.rank.harness import Actor, RankGroup, hook_settings
 from tests.rank.publisher import Publisher, changed_entry, shuffled
 
@@ -243,6 +244,39 @@ def never_adopt(actor: Actor, blind: bool) -> None:
         vars(actor.hook)["_adopt"] = lambda words: None
     else:
         del vars(actor.hook)["_adopt"]
+
+
+def test_a_plan_seen_early_is_checked_against_the_maps_it_starts_from(group: str, runtime_dir: Path) -> None:
+    """A plan that fits only after the one before is not refused because it was read during it."""
+    with RankGroup(group, PAIR, hook_settings(runtime_dir)) as ranks:
+        ranks.attach()
+        ranks.all("call", hold_back, True)
+        daemon = Publisher(group, PAIR)
+        first = daemon.post(daemon.plan([swap(daemon, 0)]))
+        ranks.step_until(lambda: ranks.all("statistics_of", "num_plans") == [1, 1])
+        daemon.applied(first)
+        second = daemon.post(daemon.plan([(0, np.roll(daemon.rows_LP[0], 4))], generation=2))
+        ranks.step_until(lambda: all(ranks.all("call", has_refused)))
+        ranks.all("call", hold_back, False)
+        ranks.step_until(lambda: daemon.done(2))
+        daemon.applied(second)
+        assert ranks.rows() == daemon.rows_LP.tolist()
+        assert ranks.all("statistics_of", "num_drops") == [0, 0]
+        ranks.check()
+        daemon.close()
+
+
+def hold_back(actor: Actor, held: bool) -> None:
+    """Issue no copies, or go on."""
+    if held:
+        vars(actor.hook._parts.stager)["issue"] = lambda all_committed: None
+    else:
+        del vars(actor.hook._parts.stager)["issue"]
+
+
+def has_refused(actor: Actor) -> bool:
+    """True once the plan on the board was found not to fit the maps as they are."""
+    return isinstance(actor.hook._parts.reader._ready, BadPlan)
 
 
 def test_a_board_half_written_is_not_read(group: str, runtime_dir: Path) -> None:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from uuid import uuid4
 
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eplb_async.core.errors import SegmentMissing, SegmentRefused
@@ -60,14 +59,15 @@ STEPS = st.lists(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(num_records=st.integers(1, 9), steps=STEPS)
-def test_ring_equals_a_list(num_records: int, steps: list[Step]) -> None:
+def test_ring_equals_a_list(group: str, num_records: int, steps: list[Step]) -> None:
     """Records come in order, none twice; lost are exactly those that were overwritten, or are being, when it was read.
 
     The model is the list of all records ever published. New readers go on where the last one was, and new writers after
     the last record that was published, also when one died in the middle of a record.
     """
-    with ring_of(f"hypothesis-{uuid4().hex[:10]}", num_records) as writer:
+    with ring_of(group, num_records) as writer:
         reader = LoadRing.open(writer.info.group, 1, 3)
         published, begun, expected = 0, False, 0
         for action, amount in [*steps, ("read all", 0)]:
