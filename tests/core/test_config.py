@@ -40,7 +40,11 @@ def test_defaults_without_file_and_environment() -> None:
     settings = load_settings(None, {})
     assert settings == Settings()
     assert (settings.hook.lag, settings.hook.history, settings.hook.verify) == (2, 64, True)
-    assert (settings.daemon.policy, settings.daemon.policy_options, settings.daemon.exit_when_idle_s) == ("default", {}, 0)
+    assert (settings.daemon.policy, settings.daemon.policy_options, settings.daemon.exit_when_idle_s) == (
+        "default",
+        {},
+        0,
+    )
 
 
 def test_file_goes_over_defaults(file: Path) -> None:
