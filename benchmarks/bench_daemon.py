@@ -148,7 +148,7 @@ def main(
             while group.num_steps * ranks < records:
                 group.step()
                 if group.num_steps % 32 == 0:  # let the daemon follow: this is about memory, not about loss
-                    while client.status().groups[0].ranks[0].records < group.num_steps - 128:
+                    while min(rank.records for rank in client.status().groups[0].ranks) < group.num_steps - 128:
                         time.sleep(0.002)
                     progress.update(task, completed=group.num_steps * ranks)
             took = time.monotonic() - start

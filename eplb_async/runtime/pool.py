@@ -8,6 +8,7 @@ it gets a proposal or a PolicyError. Numerics are single-threaded, at low priori
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_DEADLINE_S = 180.0
 """numba compiles for tens of seconds on a busy machine when its cache is cold."""
+END_S = 2.0
+"""How long a worker whose pipe has ended may take to end."""
 RETRY_S = 1.0
 """Pause before a worker that died while idle or starting is replaced: no spinning on a broken interpreter."""
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
@@ -93,6 +96,14 @@ class _Worker:
         if isinstance(answer, Refused):
             logger.error("policy %r cannot be warmed up: %s", policy, answer.message)
 
+    async def ended(self) -> int:
+        """Exit status of a process whose pipe has ended; killed if it does not end by itself."""
+        # a kill would poll, and may reap the process before the loop's own watcher does, who then knows no status
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                return await self.process.wait()
+        return await self.kill()
+
     async def kill(self) -> int:
         """End the process; returns its exit status."""
         if self.process.returncode is None:
@@ -154,7 +165,7 @@ class PolicyPool:
         except TimeoutError as error:
             raise PolicyError(request.policy, f"did not answer within {deadline_s:g} s and was killed") from error
         except _WorkerDied as error:
-            status = await worker.kill()
+            status = await worker.ended()
             raise PolicyError(request.policy, f"ended its worker process (exit status {status})") from error
         finally:
             if done:
