@@ -19,7 +19,15 @@ from eplb_async.core.placement import validate_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.policies.base import Policy
 
-__all__ = ["ENTRY_POINT_GROUP", "decode_options", "load_policy", "policy_names", "run_loaded", "run_policy"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "check_choice",
+    "decode_options",
+    "load_policy",
+    "policy_names",
+    "run_loaded",
+    "run_policy",
+]
 
 ENTRY_POINT_GROUP = "eplb_async.policies"
 
@@ -67,6 +75,19 @@ def decode_options(policy: Policy, options: Mapping[str, object]) -> msgspec.Str
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(policy.options_type)) or "none"
         raise ConfigError(f"options of policy {policy.name!r}", f"{error} (its options: {known})") from error
+
+
+def check_choice(name: str, options: Mapping[str, object]) -> None:
+    """Refuse an unknown policy, and bad options of a built-in one, without importing what third parties wrote.
+
+    Raises:
+        UnknownName: nobody registered it; lists the known ones.
+        ConfigError: an option of a built-in policy is unknown or bad.
+    """
+    if name not in (known := policy_names()):
+        raise UnknownName("policy", name, known)
+    if name in BUILT_IN:
+        decode_options(load_policy(name), options)
 
 
 def run_policy(

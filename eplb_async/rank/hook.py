@@ -278,7 +278,8 @@ class RankHook:
         parts = self._parts
         if decision.verdict is Verdict.DROP:
             self._num_drops += 1
-            why = self._last_error if self._agreement.error == decision.generation else decision.why
+            own = self._agreement.error == decision.generation
+            why = self._last_error.partition(": ")[2] if own else decision.why
             log.warning("group %s rank %d: plan %d dropped: %s", self.group, self.rank, decision.generation, why)
             parts.stager.drop(parts.committer.running)
             self._plan = None

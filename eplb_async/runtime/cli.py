@@ -74,10 +74,13 @@ def serve(
     ] = None,
 ) -> None:
     """Run the daemon of this node in the foreground."""
+    from eplb_async.policies.registry import check_choice
     from eplb_async.runtime.serve import run_daemon
 
     def read() -> Settings:
-        return _settings(config, runtime_dir, exit_when_idle)
+        settings = _settings(config, runtime_dir, exit_when_idle)
+        check_choice(settings.daemon.policy, settings.daemon.policy_options)
+        return settings
 
     run_daemon(read, ready_fd)
 

@@ -14,7 +14,7 @@ from eplb_async.core.errors import ConfigError, EplbError, PlacementError, Polic
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.policies import Policy, decode_options, load_policy, policy_names, run_policy
-from eplb_async.policies.registry import ENTRY_POINT_GROUP, run_loaded
+from eplb_async.policies.registry import ENTRY_POINT_GROUP, check_choice, run_loaded
 from tests.policies.third_party import install
 
 SPEC = MoESpec(num_layers=2, num_experts=4, num_redundant=2, num_ranks=2)
@@ -269,3 +269,12 @@ def test_prepared_options_reach_the_policy() -> None:
     bad = Policy(name="tested", function=look, options_type=NoOptions, summary="", prepare_options=lambda *_: 1 // 0)
     with pytest.raises(PolicyError, match="cannot prepare its options: ZeroDivisionError"):
         run_loaded(bad, WINDOWS, LIVE, SPEC, {})
+
+
+def test_check_choice_names_what_is_wrong() -> None:
+    """A daemon refuses an unknown policy and bad options of a built-in one at its start; good ones pass."""
+    check_choice("default", {"relabel_ranks": True})
+    with pytest.raises(UnknownName, match="'nope'; known: default, random, static"):
+        check_choice("nope", {})
+    with pytest.raises(ConfigError, match="relabel"):
+        check_choice("default", {"relabel_ranks": "much"})
