@@ -115,6 +115,24 @@ def paced(ranks: Ranks, rate: float, seconds: float, pid: int) -> dict[str, obje
     return {"records_per_s": records / now, "cpu_percent": 100 * (cpu_s(pid) - before) / now}
 
 
+def followed(ranks: Ranks, records: int, client: ControlClient) -> dict[str, object]:
+    """Step as fast as the daemon follows until so many records were written; its CPU share and memory."""
+    pid = client.status().pid
+    start, before, first = time.monotonic(), cpu_s(pid), ranks.num_steps
+    while ranks.num_steps * len(ranks.rings) < records:
+        ranks.step()
+        if ranks.num_steps % 32 == 0:  # this is about memory, not about loss
+            while min(rank.records for rank in client.status().groups[0].ranks) < ranks.num_steps - 128:
+                time.sleep(0.002)
+    took = time.monotonic() - start
+    return {
+        "records_per_s": (ranks.num_steps - first) * len(ranks.rings) / took,
+        "cpu_percent": 100 * (cpu_s(pid) - before) / took,
+        "memory_mib": memory_mib(pid),
+        "lost": client.status().groups[0].lost_records,
+    }
+
+
 def main(
     ranks: Annotated[int, typer.Option(help="Ranks on the node.")] = 8,
     rate: Annotated[float, typer.Option(help="Steps per second.")] = 200.0,
@@ -144,24 +162,9 @@ def main(
             paced(group, rate, 2.0, pid)
             rows.append({"case": case, "what": f"{rate:g} steps/s", **paced(group, rate, seconds, pid)})
             rows[-1] |= {"memory_mib": memory_mib(pid), "lost": client.status().groups[0].lost_records}
-            start, before, first = time.monotonic(), cpu_s(pid), group.num_steps
-            while group.num_steps * ranks < records:
-                group.step()
-                if group.num_steps % 32 == 0:  # let the daemon follow: this is about memory, not about loss
-                    while min(rank.records for rank in client.status().groups[0].ranks) < group.num_steps - 128:
-                        time.sleep(0.002)
-                    progress.update(task, completed=group.num_steps * ranks)
-            took = time.monotonic() - start
-            rows.append(
-                {
-                    "case": case,
-                    "what": f"full speed, to {records:,} records",
-                    "records_per_s": (group.num_steps - first) * ranks / took,
-                    "cpu_percent": 100 * (cpu_s(pid) - before) / took,
-                    "memory_mib": memory_mib(pid),
-                    "lost": client.status().groups[0].lost_records,
-                }
-            )
+            for end in (records // 4, records):
+                rows.append({"case": case, "what": f"full speed, to {end:,} records", **followed(group, end, client)})
+                progress.update(task, completed=group.num_steps * ranks)
         finally:
             client.stop_daemon()
             group.close()

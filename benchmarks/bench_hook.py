@@ -1,9 +1,9 @@
 """What the hook costs per step while no plan is active, and what agreement costs, in real processes on the CPU.
 
     python -m benchmarks.bench_hook
-    python -m benchmarks.bench_hook --ranks 2 --steps 20000 --layers 58 --experts 256 --json hook.json
+    python -m benchmarks.bench_hook --ranks 2 --steps 20000 --load 58 256 --no-meet --json hook.json
 
-Every rank is a process that steps with the hook around a forward that only spins for `--forward-us`. Beside it, in the
+Every rank is a process that steps with the hook around a forward that meets the others and spins for `--forward-us`. Beside it, in the
 same processes: an all-reduce of one int64 per step by torch.distributed (gloo), the way engines agree without us.
 """
 
@@ -45,6 +45,7 @@ class Case:
     layers: int
     experts: int
     forward_us: float
+    meet: bool
     directory: str
 
 
@@ -56,6 +57,7 @@ def measure(case: Case, rank: int, results: "Queue[tuple[int, dict[str, NDArray[
     load = torch.zeros(case.layers, case.experts, dtype=torch.int32)
     settings = Settings(runtime_dir=case.directory)
     dist.init_process_group("gloo", init_method=f"file://{case.directory}/rendezvous", rank=rank, world_size=case.ranks)
+    word = torch.zeros(1, dtype=torch.int64)
     before_us, after_us, reduce_us = (np.zeros(case.steps) for _ in range(3))
     with RankHook.attach(
         group="bench-hook", rank=rank, spec=spec, weights=weights, load=load, settings=settings
@@ -64,6 +66,9 @@ def measure(case: Case, rank: int, results: "Queue[tuple[int, dict[str, NDArray[
             start = time.perf_counter_ns()
             hook.before_forward("decode", 1)
             entered = time.perf_counter_ns()
+            # as an engine's collectives do; else the faster rank runs ahead and its waiting counts as agreement
+            if case.meet:
+                dist.all_reduce(word)
             spin(case.forward_us)
             left = time.perf_counter_ns()
             hook.after_forward()
@@ -71,7 +76,6 @@ def measure(case: Case, rank: int, results: "Queue[tuple[int, dict[str, NDArray[
             if step >= 0:
                 before_us[step], after_us[step] = (entered - start) / 1e3, (end - left) / 1e3
         phases = hook.statistics().times
-    word = torch.zeros(1, dtype=torch.int64)
     for step in range(-WARM_UP, case.steps):
         start = time.perf_counter_ns()
         dist.all_reduce(word)
@@ -107,15 +111,21 @@ def spin(duration_us: float) -> None:
 def main(
     ranks: Annotated[int, typer.Option(help="Rank processes; more than there are cores measures the scheduler.")] = 2,
     steps: Annotated[int, typer.Option(help="Measured steps.")] = 10_000,
-    layers: Annotated[int, typer.Option(help="MoE layers.")] = 58,
-    experts: Annotated[int, typer.Option(help="Experts per layer.")] = 256,
+    load: Annotated[tuple[int, int], typer.Option(help="MoE layers, and experts per layer.")] = (58, 256),
     forward_us: Annotated[float, typer.Option(help="Length of the stand-in for a forward.")] = 500.0,
+    meet: Annotated[bool, typer.Option(help="All-reduce in every forward; without it caches stay warm.")] = True,
     json: Annotated[Path | None, typer.Option(help="Also write the rows here.")] = None,
 ) -> None:
     """Measure, print the table, and write it as JSON if asked."""
     with tempfile.TemporaryDirectory(prefix="eplb-bench-") as directory:
         case = Case(
-            ranks=ranks, steps=steps, layers=layers, experts=experts, forward_us=forward_us, directory=directory
+            ranks=ranks,
+            steps=steps,
+            layers=load[0],
+            experts=load[1],
+            forward_us=forward_us,
+            meet=meet,
+            directory=directory,
         )
         context = multiprocessing.get_context("spawn")
         results: Queue[tuple[int, dict[str, NDArray[np.float64]]]] = context.Queue()
@@ -126,7 +136,7 @@ def main(
         for process in processes:
             process.join()
     rows: list[dict[str, object]] = []
-    label = f"{ranks} ranks, load int32 [{layers}, {experts}], forward {forward_us:g} us, {steps} steps"
+    label = f"{ranks} ranks, load int32 {list(load)}, forward {forward_us:g} us{', all-reduced' if meet else ''}"
     for what in list(times[0])[:4]:
         values = np.concatenate([of_rank[what] for of_rank in times])
         p50, p99 = np.percentile(values, (50, 99)).tolist()
