@@ -201,6 +201,7 @@ class RankHook:
             rows_pulled=stager.rows_pulled,
             bytes_pulled=stager.bytes_pulled,
             staging_bytes=self._parts.transfer.staging.num_bytes,
+            draining=stager.orphaned,
             last_error=self._last_error,
             times={phase.value: times.timing() for phase, times in self._times.items()},
         )

@@ -39,8 +39,9 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
         num_commits, num_plans, num_drops: since attach.
         rows_pulled, bytes_pulled: since attach.
         staging_bytes: memory for staging rows.
+        draining: pulls of a dropped plan still run; the next plan waits for them on all ranks.
         last_error: why this rank last asked for a drop, or "".
-        times: per phase of the hook; COMMIT only over steps that committed.
+        times: per phase of the hook; COMMIT only over steps that committed or dropped something.
     """
 
     step: int
@@ -52,6 +53,7 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
     rows_pulled: int
     bytes_pulled: int
     staging_bytes: int
+    draining: bool
     last_error: str
     times: dict[str, Timing]
 

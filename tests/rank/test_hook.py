@@ -12,6 +12,7 @@ from eplb_async.core.errors import HookClosed, LifecycleError, UnknownName
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.core.plan import FIRST_COUNTER, counter
 from eplb_async.rank.hook import RankHook
+from eplb_async.rank.stager import Stager
 from eplb_async.shm.ring import PHASES, Batch, LoadRing
 from tests.rank.publisher import Publisher
 from tests.rank.solo import SOLO, attached
@@ -211,6 +212,16 @@ def test_a_step_that_fails_inside_closes_the_hook(
                 hook.before_forward()
         with pytest.raises(HookClosed, match="division by zero"):
             hook.before_forward()
+
+
+def test_statistics_tell_that_a_dropped_plan_still_drains(
+    group: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I5: a transfer that does not end blocks further plans; an operator can see that it does."""
+    with attached(group, runtime_dir) as (hook, _):
+        assert not hook.statistics().draining
+        monkeypatch.setattr(Stager, "orphaned", True)
+        assert hook.statistics().draining
 
 
 def test_statistics_tell_what_happened(group: str, runtime_dir: Path) -> None:
