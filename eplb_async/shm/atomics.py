@@ -21,9 +21,11 @@ models?" (MSPC 2012), section 4.
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-__all__ = ["Atomics", "atomics"]
+from eplb_async.core.errors import InternalError
+
+__all__ = ["CLOSED", "Atomics", "atomics"]
 
 WORD_RECORD = 64
 """Bytes of an agreement word: one cache line; see words.py for its fields."""
@@ -201,6 +203,13 @@ class Atomics(NamedTuple):
     publish_step: Callable[[int], None]
     reduce_step: Callable[[int], int]
 
+
+def _closed(*_: int) -> NoReturn:
+    raise InternalError("a shared segment was used after it was closed")
+
+
+CLOSED = Atomics(*[_closed] * len(Atomics._fields))
+"""Put in place of the functions when a mapping is dropped: their addresses would then point nowhere."""
 
 _SHAPES = {  # name -> (returns a value, number of arguments)
     "load_acquire": (True, 1),

@@ -23,7 +23,7 @@ import numpy as np
 from eplb_async.core.errors import PlanInvalid, SegmentRefused
 from eplb_async.core.plan import plan_digest
 from eplb_async.core.spec import MoESpec
-from eplb_async.shm.atomics import atomics
+from eplb_async.shm.atomics import CLOSED, atomics
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
 
@@ -130,6 +130,7 @@ class PlanBoard:
 
     def close(self) -> None:
         """Drop the mapping."""
+        self._atomics = CLOSED
         self._fields = self._plan = np.empty(0)
         self.segment.close()
 

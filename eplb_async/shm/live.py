@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
-from eplb_async.shm.atomics import atomics
+from eplb_async.shm.atomics import CLOSED, atomics
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
 
@@ -81,6 +81,7 @@ class LivePlacement:
 
     def close(self) -> None:
         """Drop the mapping."""
+        self._atomics = CLOSED
         self._version_L, self._row_LP = np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.int32)
         self.segment.close()
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.load import LoadKind, Phase
-from eplb_async.shm.atomics import atomics
+from eplb_async.shm.atomics import CLOSED, atomics
 from eplb_async.shm.layout import decode_text, segment_name
 from eplb_async.shm.segment import Segment
 
@@ -148,6 +148,7 @@ class LoadRing:
 
     def close(self) -> None:
         """Drop the mapping."""
+        self._atomics = CLOSED
         self._bytes = np.empty(0, dtype=np.uint8)
         self._fields, self._counts = np.empty(0, dtype=np.int64), np.empty((0, 0, 0), dtype=np.int32)
         self.segment.close()

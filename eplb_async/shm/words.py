@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.plan import FIRST_COUNTER, NO_PLAN
 from eplb_async.core.spec import MoESpec
-from eplb_async.shm.atomics import atomics
+from eplb_async.shm.atomics import CLOSED, atomics
 from eplb_async.shm.layout import decode_text, owner_alive, process_start, segment_name
 from eplb_async.shm.segment import Segment
 
@@ -230,6 +230,7 @@ class AgreementWords:
 
     def close(self) -> None:
         """Drop the mapping."""
+        self._atomics = CLOSED
         self.segment.close()
 
     def _member(self, rank: int) -> int:
