@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow check format bench stress hammer clean
 
 help:
 	@echo "make demo       serve a small MoE model, rebalance it live, and prove that nothing it computes changed"
@@ -15,6 +15,8 @@ help:
 	@echo "make check      ruff, mypy, import rules, size and naming rules"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make bench      all benchmarks"
+	@echo "make stress     kill 100 daemons while ranks serve (3 minutes)"
+	@echo "make hammer     10 million publications against readers at full speed (1 minute)"
 	@echo "make clean      remove caches and build outputs (not $(VENV))"
 
 setup: $(STAMP)
@@ -49,6 +51,12 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	@for file in benchmarks/bench_*.py; do echo "== $$file =="; $(PY) -m benchmarks.$$(basename $$file .py); done
+
+stress: $(STAMP)
+	@$(PY) scripts/stress
+
+hammer: $(STAMP)
+	@$(PY) scripts/hammer --publications 10000000
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,6 +12,7 @@ A writer that was killed is followed by one that goes on from what it finds, an 
 
 import os
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,28 +67,28 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Hammer:
+class Hammer(ABC):
     """One kind; copies of it are sent to the processes."""
 
     group: str
 
     name = ""
 
+    @abstractmethod
     def create(self) -> Segment:
         """Make the segment that all share; the caller unlinks it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def progress(self) -> int:
         """Publications so far, by all writers; for any process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, target: int) -> None:
         """Publish at full speed until there are `target` publications."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, stop_path: str, deadline_s: float) -> Tally:
         """Read at full speed until the file at `stop_path` is gone."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
