@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -64,7 +62,6 @@ class RankResult:
         plan_T: number of the newest plan of which something was decided before this step.
         added_us_T: host time inside the hook, waiting for other ranks included.
         step_us_T: time of the whole step.
-        statistics: of the hook at the end, as JSON-able data.
     """
 
     next_TBT: NDArray[np.uint8]
@@ -75,7 +72,6 @@ class RankResult:
     plan_T: NDArray[np.int64]
     added_us_T: NDArray[np.float64]
     step_us_T: NDArray[np.float64]
-    statistics: dict[str, Any]
 
     @classmethod
     def empty(cls, stream: Stream, spec: MoESpec) -> "RankResult":
@@ -90,7 +86,6 @@ class RankResult:
             plan_T=np.zeros(steps, dtype=np.int64),
             added_us_T=np.zeros(steps),
             step_us_T=np.zeros(steps),
-            statistics={},
         )
 
 
@@ -219,5 +214,4 @@ def _serve(
         statistics = hook.statistics()
         result.plan_T[step] = statistics.generation - (statistics.position == 0)
         progress.send(step + 1)
-    result.statistics.update(msgspec.to_builtins(hook.statistics()))
     return result

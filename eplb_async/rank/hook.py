@@ -65,7 +65,7 @@ class RankHook:
         self._closed = ""
         self._context = _StepContext(self)
         self._num_plans = self._num_drops = 0
-        self._last_error = ""
+        self._failure = (0, "")
         self._times = {phase: PhaseTimes() for phase in HookPhase}
 
     # size: the keyword arguments that design section 8 names, and three that are rarely used
@@ -202,7 +202,7 @@ class RankHook:
             bytes_pulled=stager.bytes_pulled,
             staging_bytes=self._parts.transfer.staging.num_bytes,
             draining=stager.orphaned,
-            last_error=self._last_error,
+            last_error="plan {}: {}".format(*self._failure) if self._failure[0] else "",
             times={phase.value: times.timing() for phase, times in self._times.items()},
         )
 
@@ -279,8 +279,8 @@ class RankHook:
         parts = self._parts
         if decision.verdict is Verdict.DROP:
             self._num_drops += 1
-            own = self._agreement.error == decision.generation
-            why = self._last_error.partition(": ")[2] if own else decision.why
+            generation, own = self._failure
+            why = own if generation == decision.generation else decision.why
             log.warning("group %s rank %d: plan %d dropped: %s", self.group, self.rank, decision.generation, why)
             parts.stager.drop(parts.committer.running)
             self._plan = None
@@ -319,7 +319,7 @@ class RankHook:
 
     def _fail(self, generation: int, why: str) -> None:
         if self._agreement.fail(generation, why):
-            self._last_error = f"plan {generation}: {why}"
+            self._failure = generation, why
             log.warning("group %s rank %d gives plan %d up: %s", self.group, self.rank, generation, why)
 
     def _finish_step(self) -> None:

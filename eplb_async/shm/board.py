@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eplb_async.core.errors import PlanInvalid, SegmentRefused
+from eplb_async.core.errors import PlanInvalid
 from eplb_async.core.plan import plan_digest
 from eplb_async.core.spec import MoESpec
 from eplb_async.shm.atomics import CLOSED, atomics
@@ -69,13 +69,9 @@ class PlanBoard:
         """Map the board of an incarnation.
 
         Raises:
-            SegmentMissing, SegmentRefused: see Segment.open; also if it is of another incarnation.
+            SegmentMissing, SegmentRefused: see Segment.open.
         """
-        segment = Segment.open(segment_name(group, "board"), LAYOUT)
-        if segment.header.incarnation != incarnation:
-            raise SegmentRefused(
-                segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
-            )
+        segment = Segment.open(segment_name(group, "board"), LAYOUT, incarnation)
         return cls(segment)
 
     @property

@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.errors import SegmentRefused
 from eplb_async.shm.layout import decode_text, segment_name
 from eplb_async.shm.segment import Segment
 
@@ -68,13 +67,9 @@ class RankExport:
         """Map the export of a peer.
 
         Raises:
-            SegmentMissing, SegmentRefused: see Segment.open; also if it is of another incarnation.
+            SegmentMissing, SegmentRefused: see Segment.open.
         """
-        segment = Segment.open(segment_name(group, f"export.{rank}"), LAYOUT)
-        if segment.header.incarnation != incarnation:
-            raise SegmentRefused(
-                segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
-            )
+        segment = Segment.open(segment_name(group, f"export.{rank}"), LAYOUT, incarnation)
         return cls(segment, decode_text(segment.name, segment.header.text, ExportInfo))
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ board's: odd, fence, row, even.
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.shm.atomics import CLOSED, atomics
@@ -53,13 +52,9 @@ class LivePlacement:
         """Map the live placement of an incarnation.
 
         Raises:
-            SegmentMissing, SegmentRefused: see Segment.open; also if it is of another incarnation.
+            SegmentMissing, SegmentRefused: see Segment.open.
         """
-        segment = Segment.open(segment_name(group, "live"), LAYOUT)
-        if segment.header.incarnation != incarnation:
-            raise SegmentRefused(
-                segment.name, f"incarnation {segment.header.incarnation}", f"incarnation {incarnation}"
-            )
+        segment = Segment.open(segment_name(group, "live"), LAYOUT, incarnation)
         return cls(segment, spec)
 
     def commit(self, layer: int, row_P: IntArray, version: int) -> None:

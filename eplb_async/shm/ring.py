@@ -20,7 +20,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.shm.atomics import CLOSED, atomics
 from eplb_async.shm.layout import decode_text, segment_name
@@ -100,12 +99,9 @@ class LoadRing:
         """Map a rank's ring for reading.
 
         Raises:
-            SegmentMissing, SegmentRefused: see Segment.open; also if it is of another incarnation.
+            SegmentMissing, SegmentRefused: see Segment.open.
         """
-        segment = Segment.open(segment_name(group, f"ring.{rank}"), LAYOUT)
-        if segment.header.incarnation != incarnation:
-            found = f"incarnation {segment.header.incarnation}"
-            raise SegmentRefused(segment.name, found, f"incarnation {incarnation}")
+        segment = Segment.open(segment_name(group, f"ring.{rank}"), LAYOUT, incarnation)
         return cls(segment, decode_text(segment.name, segment.header.text, RingInfo))
 
     @property

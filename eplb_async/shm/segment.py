@@ -82,12 +82,13 @@ class Segment:
         return self
 
     @classmethod
-    def open(cls, name: str, layout: str) -> "Segment":
-        """Map an existing segment.
+    def open(cls, name: str, layout: str, incarnation: int | None = None) -> "Segment":
+        """Map an existing segment, of one incarnation if that is given.
 
         Raises:
             SegmentMissing: there is none.
-            SegmentRefused: it is another user's, readable by others, unfinished, damaged, or of another layout.
+            SegmentRefused: it is another user's, readable by others, unfinished, damaged, of another layout, or of
+                another incarnation.
         """
         try:
             shared = posix_ipc.SharedMemory(name)
@@ -112,7 +113,10 @@ class Segment:
         base = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
         if atomics().load_acquire(base + READY_OFFSET) != 1:
             raise SegmentRefused(name, "a header that is not ready", "a whole one (its creator may not have finished)")
-        return cls(name, Header.decode(name, memoryview(mapping), layout), mapping, status.st_ino)
+        header = Header.decode(name, memoryview(mapping), layout)
+        if incarnation not in (None, header.incarnation):
+            raise SegmentRefused(name, f"incarnation {header.incarnation}", f"incarnation {incarnation}")
+        return cls(name, header, mapping, status.st_ino)
 
     def array(self, dtype: DTypeLike, shape: tuple[int, ...], offset: int = 0) -> NDArray[np.generic]:
         """A view of the data; keeps the mapping alive.

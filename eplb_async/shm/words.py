@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from eplb_async.core.errors import SegmentRefused
 from eplb_async.core.plan import FIRST_COUNTER, NO_PLAN
 from eplb_async.core.spec import MoESpec
-from eplb_async.shm.atomics import CLOSED, atomics
+from eplb_async.shm.atomics import CLOSED, WORD_RECORD, atomics
 from eplb_async.shm.layout import decode_text, owner_alive, process_start, segment_name
 from eplb_async.shm.segment import Segment
 
 __all__ = ["AgreementWords", "GroupInfo", "Member", "MemberState", "Reduced", "Word"]
 
-LINE = 64
+LINE = WORD_RECORD
 LAYOUT = "group: ended 64; member state pid start newest 64; word step staged committed error digest 64"
 INVALID = -(2**63)
 _STATE, _PID, _START, _NEWEST = 0, 8, 16, 24

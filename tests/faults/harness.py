@@ -8,8 +8,6 @@ forward with the same maps.
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -264,9 +262,3 @@ def wait_for(condition: object, deadline_s: float, what: str) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {deadline_s:g} s for {what}")
         time.sleep(0.005)
-
-
-def collect_garbage_command() -> str:
-    """Run `eplb-async gc` as an operator would; its output."""
-    done = subprocess.run([sys.executable, "-m", "eplb_async", "gc"], capture_output=True, text=True, check=True)
-    return done.stdout
