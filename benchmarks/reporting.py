@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: the machine and versions it ran on, one table with ratios, one JSON file."""
+"""What every benchmark prints and writes: the machine and versions it ran on, tables with ratios, JSON and Markdown."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Column", "header", "show_table", "write_json"]
+__all__ = ["Column", "header", "markdown_tables", "show_table", "write_json", "write_whole"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("numpy", "numba", "torch", "msgspec")
@@ -38,21 +38,31 @@ class Column:
     ratio: bool = False
 
 
-def header() -> dict[str, object]:
-    """CPU model, cores this process may use, versions, commit and command: what a number means nothing without."""
+def header(more: Row | None = None) -> dict[str, object]:
+    """CPU model, cores this process may use, versions, commit and command: what a number means nothing without.
+
+    Args:
+        more: further lines of one benchmark (versions of what it compares with, say).
+    """
     return {
         "cpu": _cpu_model(),
         "cores": len(sched_getaffinity(0)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: found for name in PACKAGES if (found := _version(name))},
+        **(more or {}),
         "commit": _commit(),
         "command": _command(),
     }
 
 
 def show_table(
-    title: str, columns: Sequence[Column], rows: Sequence[Row], group: str, console: Console | None = None
+    title: str,
+    columns: Sequence[Column],
+    rows: Sequence[Row],
+    group: str,
+    console: Console | None = None,
+    more: Row | None = None,
 ) -> None:
     """Print the header, and one table for each group of rows, all with columns of the same width.
 
@@ -61,17 +71,19 @@ def show_table(
         columns: in order; the first is the row's label.
         rows: values by column key.
         group: key of the value that rows of one table share, and that stands above it; ratios are to its first row.
-        console: where to; the terminal by default, or wide enough for any table if the output is a file.
+        console: where to; the terminal by default, always wide enough for the table.
+        more: further lines of the header.
     """
-    target = console or Console(width=None if sys.stdout.isatty() else 150)
-    for name, value in header().items():
-        target.print(f"{name:>8}  {value}", markup=False, highlight=False, soft_wrap=True)
     firsts = {row[group]: row for row in reversed(rows)}
     cells = [[_cell(row, firsts[row[group]], column) for column in columns] for row in rows]
     widths = [
         max(len(text) for text in (column.title, *(line[index] for line in cells)))
         for index, column in enumerate(columns)
     ]
+    needed = sum(widths) + 3 * len(widths) + 1
+    target = console or Console(width=max(needed, Console().width if sys.stdout.isatty() else 150))
+    for name, value in header(more).items():
+        target.print(f"{name:>8}  {value}", markup=False, highlight=False, soft_wrap=True)
     target.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
     for label in dict.fromkeys(row[group] for row in rows):
         table = Table(title=str(label), title_justify="left", header_style="bold")
@@ -83,12 +95,35 @@ def show_table(
         target.print(table)
 
 
-def write_json(path: Path, benchmark: str, rows: Sequence[Row]) -> None:
-    """Write `{"benchmark", "header", "rows"}`, indented, to a file that is whole or not there."""
-    document = msgspec.json.format(msgspec.json.encode({"benchmark": benchmark, "header": header(), "rows": rows}))
+def write_json(path: Path, benchmark: str, rows: Sequence[Row], more: Row | None = None) -> None:
+    """Write `{"benchmark", "header", "rows"}`, indented; `more` goes into the header."""
+    document = msgspec.json.encode({"benchmark": benchmark, "header": header(more), "rows": rows})
+    write_whole(path, msgspec.json.format(document) + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is whole or not there."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(document + b"\n")
+    partial.write_bytes(content)
     partial.replace(path)
+
+
+def markdown_tables(columns: Sequence[Column], rows: Sequence[Row], group: str) -> str:
+    """One Markdown table for each group of rows, its name in bold above it; without ratios.
+
+    [Column(key="what", title="what"), Column(key="ms", title="ms", digits=1)] and the row {"case": "a", "what": "x",
+    "ms": 1.25} give "**a**", "", "| what | ms |", "|---|---:|", "| x | 1.2 |".
+    """
+    lines: list[str] = []
+    for label in dict.fromkeys(row[group] for row in rows):
+        lines += [f"**{label}**", "", "| " + " | ".join(column.title for column in columns) + " |"]
+        lines.append("|" + "|".join("---:" if index else "---" for index in range(len(columns))) + "|")
+        for row in rows:
+            if row[group] == label:
+                cells = [_cell(row, {}, column).replace("|", "\\|") for column in columns]
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _cell(row: Row, first: Row, column: Column) -> str:

@@ -10,9 +10,14 @@ from uuid import uuid4
 
 import pytest
 
+from eplb_async.core.config import policy_cache
+
 __all__ = ["group", "group_prefix", "make_group", "pytest_collection_modifyitems", "runtime_dir", "segments_left"]
 
 SHM = Path("/dev/shm")
+
+# before any test module imports numba: policies are compiled once for all tests, runs and daemons; children inherit the variable
+os.environ["NUMBA_CACHE_DIR"] = str(policy_cache(Path(__file__).parents[1] / ".pytest_cache"))
 
 
 def segments_left(group_prefix: str) -> list[str]:
@@ -56,12 +61,6 @@ def runtime_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="eplb-", dir="/tmp"))
     yield path
     shutil.rmtree(path)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def compiled_policies() -> None:
-    """Policies are compiled once for all runs of the tests, not once per daemon; children inherit the variable."""
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@
 `EPLB_ASYNC_CONFIG` names the file. Every setting is checked; unknown ones are errors that name the known ones.
 """
 
+import hashlib
 import os
 import re
 import tempfile
@@ -196,8 +197,18 @@ def child_environment(overrides: Mapping[str, str], python_path: str) -> dict[st
 
 
 def policy_cache(directory: Path) -> Path:
-    """Where compiled policies are kept: NUMBA_CACHE_DIR if it is set, else a folder of the runtime directory."""
-    return Path(os.environ.get("NUMBA_CACHE_DIR") or directory / "compiled")
+    """Where compiled policies are kept: NUMBA_CACHE_DIR if it is set, else a folder of the runtime directory.
+
+    The folder's name changes with every source file of the policies: numba compares only the file of the function that it
+    loads, not those of the functions compiled into it, and would go on running old code after an upgrade.
+    """
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    if given:
+        return Path(given)
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).resolve().parents[1] / "policies").glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return directory / f"compiled-{digest.hexdigest()[:12]}"
 
 
 def settings_environment(settings: Settings) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Policies by name, loaded when first asked for, and the one way to run them.
 
 Built-in policies are listed here; a third party adds one with an entry point of the group `eplb_async.policies` that
-names a `Policy` object. A built-in name cannot be taken over. Neither this module nor loading a built-in policy imports
+names a `Policy` object. A built-in name cannot be taken over. The options of a policy come together with the planning
+options that all policies have (`DispatchOptions`); a policy never sees those. Neither this module nor loading a built-in policy imports
 numba: that happens when a policy warms up or plans, which is in a worker process.
 """
 
@@ -18,13 +19,16 @@ from eplb_async.core.errors import ConfigError, EplbError, PlacementError, Polic
 from eplb_async.core.placement import validate_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.policies.base import Policy
+from eplb_async.policies.dispatch import DispatchOptions, FittedDispatch, fit_dispatch, split_options
 
 __all__ = [
     "ENTRY_POINT_GROUP",
     "check_choice",
+    "decode_dispatch",
     "decode_options",
     "load_policy",
     "policy_names",
+    "run_dispatch",
     "run_loaded",
     "run_policy",
 ]
@@ -33,8 +37,11 @@ ENTRY_POINT_GROUP = "eplb_async.policies"
 
 BUILT_IN = {
     "default": "eplb_async.policies.default",
+    "frontier": "eplb_async.policies.frontier",
+    "flashlb": "eplb_async.policies.flashlb",
     "random": "eplb_async.policies.random_placement",
     "static": "eplb_async.policies.static",
+    "swift_balancer": "eplb_async.policies.swift_balancer",
 }
 """Module of each built-in policy; its `POLICY` is the Policy."""
 
@@ -65,16 +72,36 @@ def load_policy(name: str) -> Policy:
 
 
 def decode_options(policy: Policy, options: Mapping[str, object]) -> msgspec.Struct:
-    """A policy's options as its own type, decoded strictly.
+    """A policy's options as its own type, decoded strictly; those that all policies have are checked and left out.
 
     Raises:
         ConfigError: an unknown field, or a value of a wrong type or range; the message names the field.
     """
+    decode_dispatch(policy.name, options)
+    _, own = split_options(options)
     try:
-        return msgspec.convert(dict(options), policy.options_type)
+        return msgspec.convert(own, policy.options_type)
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(policy.options_type)) or "none"
-        raise ConfigError(f"options of policy {policy.name!r}", f"{error} (its options: {known})") from error
+        common = ", ".join(DispatchOptions.__struct_fields__)
+        raise ConfigError(
+            f"options of policy {policy.name!r}", f"{error} (its options: {known}; of every policy: {common})"
+        ) from error
+
+
+def decode_dispatch(name: str, options: Mapping[str, object]) -> DispatchOptions:
+    """The options that all policies have, taken out of the options of the policy of that name.
+
+    Raises:
+        ConfigError: a value of a wrong type or range; the message names the field.
+    """
+    common, _ = split_options(options)
+    try:
+        return msgspec.convert(common, DispatchOptions)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"options of policy {name!r}", f'{error} (dispatch is "even" or "weighted", dispatch_strength from 0 to 1)'
+        ) from error
 
 
 def check_choice(name: str, options: Mapping[str, object]) -> None:
@@ -82,10 +109,11 @@ def check_choice(name: str, options: Mapping[str, object]) -> None:
 
     Raises:
         UnknownName: nobody registered it; lists the known ones.
-        ConfigError: an option of a built-in policy is unknown or bad.
+        ConfigError: an option of a built-in policy is unknown or bad, or one that all policies have is bad.
     """
     if name not in (known := policy_names()):
         raise UnknownName("policy", name, known)
+    decode_dispatch(name, options)
     if name in BUILT_IN:
         decode_options(load_policy(name), options)
 
@@ -105,7 +133,7 @@ def run_policy(
         windows_TLE: tokens per window, [T, L, E], oldest first, any real dtype, finite and >= 0.
         slot_to_expert_LP: the live placement, [L, P].
         spec: the model; the policy sees its topology.
-        options: the policy's options as read from settings.
+        options: the policy's options as read from settings, and those of every policy.
         state: what its last run returned, b"" at first.
 
     Returns:
@@ -143,6 +171,36 @@ def run_loaded(
     except Exception as error:
         raise PolicyError(policy.name, f"raised {type(error).__name__}: {error}") from error
     return _checked_result(policy.name, result, spec)
+
+
+def run_dispatch(
+    name: str,
+    windows_TLE: NDArray[np.generic],
+    slot_to_expert_LP: NDArray[np.int32],
+    spec: MoESpec,
+    options: Mapping[str, object],
+) -> FittedDispatch | None:
+    """The dispatch tables that the options ask for, for a placement: a policy's, or the live one that is only refitted.
+
+    Args:
+        name: of the policy whose options these are.
+        windows_TLE: as for `run_policy`.
+        slot_to_expert_LP: the placement, valid, [L, P]; the tables name its slots.
+        spec: the model.
+        options: as for `run_policy`; its own options are not looked at.
+
+    Returns:
+        None if dispatch is even: ranks then split evenly without a table.
+
+    Raises:
+        ConfigError: the options are wrong.
+        SpecError, PlacementError: the windows or the placement do not fit the spec.
+    """
+    chosen = decode_dispatch(name, options)
+    if chosen.dispatch == "even":
+        return None
+    windows, rows_LP = _checked_windows(windows_TLE, spec), _checked_live(slot_to_expert_LP, spec)
+    return fit_dispatch(windows, rows_LP, spec.topology, chosen.dispatch_strength)
 
 
 def _checked_windows(windows_TLE: NDArray[np.generic], spec: MoESpec) -> NDArray[np.float64]:
@@ -223,7 +281,16 @@ def _load_third_party(point: EntryPoint) -> Policy:
             f"of {_origin(point)} has options of type {policy.options_type!r}; "
             "needed a msgspec Struct with frozen=True, kw_only=True, forbid_unknown_fields=True",
         )
+    if taken := [name for name in _option_names(policy) if name in DispatchOptions.__struct_fields__]:
+        raise PolicyError(
+            point.name, f"of {_origin(point)} has an option {taken[0]!r}, which every policy has already; rename it"
+        )
     required = [field.name for field in msgspec.structs.fields(policy.options_type) if field.required]
     if required:
         raise PolicyError(point.name, f"of {_origin(point)} has options without a default: {', '.join(required)}")
     return policy
+
+
+def _option_names(policy: Policy) -> list[str]:
+    """The keys under which its options are read."""
+    return [field.encode_name for field in msgspec.structs.fields(policy.options_type)]

@@ -14,7 +14,7 @@ import typer
 
 from eplb_async.core.config import Settings, load_settings
 from eplb_async.core.errors import EplbError
-from eplb_async.runtime import cli_show
+from eplb_async.runtime import cli_plan, cli_show
 
 __all__ = ["app", "gc", "history", "main", "pause", "rebalance", "resume", "serve", "status"]
 
@@ -40,7 +40,7 @@ def main() -> None:
     try:
         app()
     except EplbError as error:
-        cli_show.fail(str(error))
+        cli_show.fail(" ".join(str(error).splitlines()))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -180,6 +180,10 @@ def gc(
         _print_json({"removed": not dry_run, "segments": [segment._asdict() for segment in found]})
     else:
         cli_show.show_garbage(found, dry_run=dry_run)
+
+
+app.command(epilog=cli_plan.PLAN_EPILOG)(cli_plan.plan)
+app.command(epilog=cli_plan.POLICIES_EPILOG)(cli_plan.policies)
 
 
 def _settings(config: Path | None, runtime_dir: Path | None, exit_when_idle: float | None = None) -> Settings:

@@ -20,6 +20,7 @@ from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import Plan, generation_of
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
+from eplb_async.policies.dispatch import wants_weights
 from eplb_async.runtime.collector import Collector
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
@@ -205,6 +206,7 @@ class Decider:
         parts, settings = self._parts, self.settings
         info, publisher = parts.words.info, parts.publisher
         name, state = self._policy_state
+        share_LP = publisher.dispatch.share_LP
         return PlanRequest(
             policy=settings.policy,
             options=settings.policy_options,
@@ -216,6 +218,8 @@ class Decider:
             windows=PackedArray.pack(parts.collector.windows_TLE),
             placement=PackedArray.pack(publisher.rows_LP),
             versions=publisher.version_L.tolist(),
+            share=None if share_LP is None else PackedArray.pack(share_LP),
+            renew=publisher.dispatch.to_renew(wants_weights(settings.policy_options)),
             min_gain=settings.min_gain,
             capacity=parts.board.capacity,
         )
@@ -284,7 +288,8 @@ class Decider:
         (number, after_step), collector = self._measuring, self._parts.collector
         windows = [window for window in collector.windows if collector.first_step_of(window[0]) > after_step]
         if windows:
-            realised_L = self._par.of(windows, self._parts.publisher.rows_LP)
+            publisher = self._parts.publisher
+            realised_L = self._par.of(windows, publisher.rows_LP, publisher.dispatch.share_LP)
             mean = mean_with_load(realised_L)
             self._parts.history.change(number, par_realised=mean, par_realised_L=_rounded(realised_L))
         if len(windows) >= REALISED_WINDOWS:
@@ -303,7 +308,8 @@ class Decider:
             opened.request.answer.set_result(decision)
 
     def _live_par(self) -> NDArray[np.float64]:
-        return self._par.of(self._parts.collector.windows, self._parts.publisher.rows_LP)
+        publisher = self._parts.publisher
+        return self._par.of(self._parts.collector.windows, publisher.rows_LP, publisher.dispatch.share_LP)
 
 
 def _rounded(par_L: NDArray[np.float64]) -> tuple[float, ...]:

@@ -19,9 +19,10 @@ MAX_FRAME = 1 << 30
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Import and compile a policy."""
+    """Import and compile a policy; `weighted`: also what fits dispatch tables."""
 
     policy: str
+    weighted: bool = False
 
 
 class RunPlan(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

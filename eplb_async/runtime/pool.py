@@ -21,6 +21,7 @@ import eplb_async
 from eplb_async.core import errors
 from eplb_async.core.config import child_environment
 from eplb_async.core.errors import EplbError, InternalError, PolicyError
+from eplb_async.policies.dispatch import wants_weights
 from eplb_async.runtime.frames import HEADER, MAX_FRAME, Answer, Planned, Refused, Request, RunPlan, WarmUp, frame
 from eplb_async.runtime.planner import PlanProposal, PlanRequest
 
@@ -52,10 +53,10 @@ class _WorkerDied(Exception):
 
 
 class _Worker:
-    """One process. `warm` names the policy that it has warmed up."""
+    """One process. `warm`: the policy that it has warmed up, and whether weighted dispatch too."""
 
     def __init__(self, process: Process) -> None:
-        self.process, self.warm = process, ""
+        self.process, self.warm = process, ("", False)
         self._decoder = msgspec.msgpack.Decoder(Answer)
 
     @classmethod
@@ -87,12 +88,13 @@ class _Worker:
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError) as error:
             raise _WorkerDied(str(error)) from error
 
-    async def warm_up(self, policy: str) -> None:
-        """Warm a policy up; a policy that cannot be warmed up says so again when it plans."""
-        if self.warm == policy:
+    async def warm_up(self, policy: str, *, weighted: bool = False) -> None:
+        """Warm a policy up, and weighted dispatch if asked; a policy that cannot be warmed up says so again when it plans."""
+        weighted = weighted or self.warm[1]
+        if self.warm == (policy, weighted):
             return
-        answer = await self.call(WarmUp(policy), WARM_UP_DEADLINE_S)
-        self.warm = policy
+        answer = await self.call(WarmUp(policy, weighted), WARM_UP_DEADLINE_S)
+        self.warm = policy, weighted
         if isinstance(answer, Refused):
             logger.error("policy %r cannot be warmed up: %s", policy, answer.message)
 
@@ -159,7 +161,7 @@ class PolicyPool:
         """
         worker, done = await self._living_worker(), False
         try:
-            await worker.warm_up(request.policy)
+            await worker.warm_up(request.policy, weighted=wants_weights(request.options))
             answer = await worker.call(RunPlan(request), deadline_s)
             done = True
         except TimeoutError as error:

@@ -56,7 +56,7 @@ def _read(file: BinaryIO) -> bytes:
 def _answer(request: Request) -> Answer:
     try:
         if isinstance(request, WarmUp):
-            return _warm_up(request.policy)
+            return _warm_up(request.policy, request.weighted)
         return Planned(make_plan(request.request, SystemClock()))
     except PolicyError as error:
         return Refused("PolicyError", error.why)
@@ -66,11 +66,14 @@ def _answer(request: Request) -> Answer:
         return Refused(type(error).__name__, f"{type(error).__name__}: {error}")
 
 
-def _warm_up(policy: str) -> WarmedUp:
+def _warm_up(policy: str, weighted: bool) -> WarmedUp:
+    from eplb_async.policies import dispatch
     from eplb_async.policies.registry import load_policy
 
     start = time.perf_counter()
     load_policy(policy).warm_up()
+    if weighted:
+        dispatch.warm_up()
     return WarmedUp(time.perf_counter() - start)
 
 

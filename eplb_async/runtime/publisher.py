@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from eplb_async.core.clock import Clock
 from eplb_async.core.errors import InternalError, PlanInvalid, SegmentRefused
-from eplb_async.core.plan import Plan, counter, encode_plan, generation_of, position_of
+from eplb_async.core.plan import Plan, counter, decode_plan, encode_plan, generation_of, position_of
+from eplb_async.runtime.live_dispatch import LiveDispatch
 from eplb_async.runtime.row_history import RowHistory
 from eplb_async.shm.board import PlanBoard
 from eplb_async.shm.live import LivePlacement
@@ -76,7 +77,7 @@ class Publisher:
         self.rows_LP, self.version_L = snapshot
         self.rows = RowHistory(self.rows_LP, self.version_L, self.committed)
         self._on_board = 0
-        self._abort_what_was_left()
+        self.dispatch = LiveDispatch(live.spec, self.rows_LP, self.version_L, self._abort_what_was_left())
 
     def may_publish(self, words: Sequence[Word]) -> int | None:
         """The generation that a plan may be published for now; None if none may."""
@@ -118,7 +119,7 @@ class Publisher:
     def observe(self, words: Sequence[Word]) -> PlanEnd | None:
         """Look at the newest words of every rank; what came of the active plan, once it has ended.
 
-        Also moves `committed`, `rows_LP`, `version_L` and `rows` on.
+        Also moves `committed`, `rows_LP`, `version_L`, `rows` and `dispatch` on.
         """
         committed, active = self._least_committed(words), self.active
         if active is not None:
@@ -130,7 +131,9 @@ class Publisher:
             return None  # the next look will do
         self.rows_LP, self.version_L = snapshot
         self.committed = committed
-        self.rows.advance(committed, self.rows_LP, self.version_L, active.plan if active else None)
+        plan = active.plan if active else None
+        self.rows.advance(committed, self.rows_LP, self.version_L, plan)
+        self.dispatch.advance(self.rows_LP, self.version_L, plan)
         if active is None or committed < counter(active.plan.generation + 1, 0):
             return None
         self.active = None
@@ -169,7 +172,8 @@ class Publisher:
             why="" if finished else active.abort_reason or "dropped by the ranks",
         )
 
-    def _abort_what_was_left(self) -> None:
+    def _abort_what_was_left(self) -> Plan | None:
+        """The plan that an earlier daemon left on the board, if it can be read, aborted if it is not over."""
         generation = generation_of(self.committed)
         try:
             posted = self._board.read()
@@ -177,10 +181,16 @@ class Publisher:
             # the ranks refuse it as well; its generation cannot be told
             logger.warning("%s; generation %d is aborted", error, generation)
             self._board.order_abort(generation)
-            return
+            return None
         if posted is None:
-            return
+            return None
         self._on_board = posted.generation
         if posted.generation >= generation:
             logger.warning("generation %d of an earlier daemon is not over: aborted", posted.generation)
             self._board.order_abort(posted.generation)
+        try:
+            plan = decode_plan(posted.data)
+        except PlanInvalid as error:
+            logger.warning("the plan of an earlier daemon cannot be read: %s", error)
+            return None
+        return plan if plan.incarnation == self._board.segment.header.incarnation else None

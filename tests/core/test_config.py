@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from eplb_async.core import config
-from eplb_async.core.config import DaemonSettings, HookSettings, Settings, load_settings
+from eplb_async.core.config import DaemonSettings, HookSettings, Settings, load_settings, policy_cache
 from eplb_async.core.errors import ConfigError
 
 EXAMPLE = """
@@ -236,3 +236,18 @@ def test_group_names_that_are_refused(name: str) -> None:
     """What could leave the directory of segments or be misread there is an error."""
     with pytest.raises(ConfigError, match="1 to 64 letters"):
         config.check_group_name(name)
+
+
+def test_compiled_policies_of_other_sources_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each state of the policies' sources has its own folder of compiled code, unless NUMBA_CACHE_DIR names one."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    before = policy_cache(tmp_path)
+    assert before == policy_cache(tmp_path)
+    assert before.parent == tmp_path
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: read_bytes(self) + (b"#" if self.name == "_kernels.py" else b"")
+    )
+    assert policy_cache(tmp_path) != before
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/somewhere")
+    assert policy_cache(tmp_path) == Path("/somewhere")

@@ -4,16 +4,18 @@ import os
 from itertools import combinations_with_replacement
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eplb_async.core.errors import ConfigError, PolicyError
 from eplb_async.core.placement import initial_placement, replica_count
 from eplb_async.core.score import par, rank_load, windows_par
 from eplb_async.core.spec import MoESpec, Topology
 from eplb_async.policies.default import DefaultOptions, default, planning_nodes
-from eplb_async.policies.registry import run_policy
-from eplb_async.testing import check_policy, ranks_with_duplicates
+from eplb_async.policies.registry import decode_options, load_policy, run_policy
+from eplb_async.testing import check_policy, contract_specs, ranks_with_duplicates
 from tests.policies import twins
 
 TRACES = Path(os.environ.get("EPLB_TRACES", Path(__file__).resolve().parents[2] / "../shared/traces"))
@@ -27,7 +29,7 @@ GREEDY_RATIO = {
     (3, 6, 3): (5 / 4, 1.04),
     (4, 6, 2): (4 / 3, 1.10),
     (4, 6, 3): (5 / 3, 1.09),
-    (5, 6, 2): (3 / 2, 1.08),
+    (5, 6, 2): (3 / 2, 1.09),
     (5, 6, 3): (3 / 2, 1.07),
 }
 
@@ -63,17 +65,19 @@ def test_distance_to_the_exact_optimum(experts: int, slots: int, ranks: int) -> 
 
 
 def test_planning_nodes() -> None:
-    """Hierarchical only if nodes divide the groups, groups the experts, and a node has experts for each slot of a rank."""
+    """Hierarchical only if nodes divide the groups, and, unless strict, a node has experts for each slot of a rank."""
 
-    def nodes(experts: int, **shape: int) -> int:
-        return planning_nodes(Topology(num_ranks=8, slots_per_rank=3, **shape), experts)
+    def nodes(experts: int, **shape: int) -> tuple[int, int]:
+        return planning_nodes(Topology(num_ranks=8, slots_per_rank=3, **shape), experts, strict)
 
-    assert nodes(16, num_nodes=2, num_expert_groups=4) == 2
-    assert nodes(16, num_nodes=4, num_expert_groups=4) == 4
-    assert nodes(16, num_nodes=4, num_expert_groups=2) == 1
-    assert nodes(18, num_nodes=2, num_expert_groups=4) == 1
-    assert nodes(8, num_nodes=4, num_expert_groups=4) == 1
-    assert nodes(16) == 1
+    for strict in (False, True):
+        assert nodes(16, num_nodes=2, num_expert_groups=4) == (2, 4)
+        assert nodes(16, num_nodes=4, num_expert_groups=4) == (4, 4)
+        assert nodes(16, num_nodes=4, num_expert_groups=2) == (1, 1)
+        assert nodes(16) == (1, 1)
+        assert nodes(16, num_expert_groups=4) == (1, 4)
+        # a node has 2 experts for the 3 slots of its ranks
+        assert nodes(8, num_nodes=4, num_expert_groups=4) == ((4, 4) if strict else (1, 1))
 
 
 def test_groups_stay_on_one_node() -> None:
@@ -85,6 +89,70 @@ def test_groups_stay_on_one_node() -> None:
             placement = plan(load_LE, spec, live, relabel_ranks=relabel_ranks)
             groups = placement.reshape(5, 4, 12) // 4
             assert all(len(set(node)) == 2 for layer in groups.tolist() for node in layer)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_its_twin(seed: int) -> None:
+    """Inputs of every kind give the placements of the plain algorithm: strict ones, and those without defects."""
+    tried = strict_tried = 0
+    for spec, windows_TLE, live_LP in twins.random_inputs(100, seed):
+        load_LE, topology = windows_TLE.sum(axis=0), spec.topology
+        plain_LP = twins.default_twin(load_LE, live_LP, topology, strict=True)
+        within_K = replica_count(plain_LP, spec.num_experts).max(axis=1) <= spec.max_replicas
+        if within_K.all():
+            strict_LP, _ = run_policy("default", windows_TLE, live_LP, spec, {"strict": True})
+            np.testing.assert_array_equal(strict_LP, plain_LP)
+            strict_tried += 1
+        planned_LP, _ = run_policy("default", windows_TLE, live_LP, spec, {})
+        assert not ranks_with_duplicates(planned_LP, spec).any()
+        clean = within_K & ~ranks_with_duplicates(plain_LP, spec).any(axis=1)
+        np.testing.assert_array_equal(planned_LP[clean], plain_LP[clean])
+        if spec.slots_per_rank < spec.num_experts:
+            np.testing.assert_array_equal(planned_LP, twins.default_twin(load_LE, live_LP, topology, strict=False))
+            tried += 1
+    assert min(tried, strict_tried) > 50
+
+
+def test_strict_keeps_the_contract_but_for_duplicates() -> None:
+    """With dispatch rows long enough for whatever vLLM replicates, strict plans every shape."""
+    specs = [msgspec.structs.replace(spec, table_length=spec.num_redundant + 1) for spec in contract_specs()]
+    assert check_policy("default", {"strict": True}, specs=specs, may_share_ranks=True) > 200
+
+
+def test_strict_fails_where_rows_are_short() -> None:
+    """An idle layer gives expert 0 every spare slot; where a dispatch row cannot hold them, strict says so."""
+    spec = MoESpec(num_layers=2, num_experts=8, num_redundant=8, num_ranks=4, table_length=4)
+    load_LE = np.ones((2, 8))
+    load_LE[1] = 0
+    with pytest.raises(PolicyError, match=r"9 replicas of expert 0 in layer 1; dispatch rows hold 4"):
+        plan(load_LE, spec, strict=True)
+    assert replica_count(plan(load_LE, spec), 8)[1].max() == 4
+
+
+def test_loads_beyond_float32() -> None:
+    """Plans as for the same loads scaled down, each or in sum too large; strict refuses where vLLM would overflow."""
+    spec = MoESpec(num_layers=3, num_experts=16, num_redundant=8, num_ranks=8, num_nodes=2, num_expert_groups=4)
+    load_LE = np.random.default_rng(4).lognormal(size=(3, 16))
+    for exponent in (126, 128, 900):
+        large_LE = np.ldexp(load_LE, exponent)
+        np.testing.assert_array_equal(plan(large_LE, spec), plan(load_LE, spec))
+        with pytest.raises(PolicyError, match="float32"):
+            plan(large_LE, spec, strict=True)
+    np.testing.assert_array_equal(plan(np.ldexp(load_LE, 100), spec, strict=True), plan(load_LE, spec, strict=True))
+
+
+def test_strict_does_not_relabel() -> None:
+    """The two options contradict each other, which is an error in the settings."""
+    with pytest.raises(ConfigError, match="relabel_ranks"):
+        decode_options(load_policy("default"), {"strict": True, "relabel_ranks": True})
+
+
+def test_replicas_of_an_expert_are_packed_apart() -> None:
+    """Loads 9, 8, 6, 4 on 2 ranks of 3 slots: strict puts both replicas of 0, and of 1, on one rank, the default apart."""
+    spec = MoESpec(num_layers=1, num_experts=4, num_redundant=2, num_ranks=2)
+    load_LE = np.array([[9.0, 8.0, 6.0, 4.0]])
+    assert plan(load_LE, spec, strict=True).tolist() == [[1, 1, 2, 3, 0, 0]]
+    assert plan(load_LE, spec).tolist() == [[0, 1, 2, 3, 0, 1]]
 
 
 def test_windows_are_summed() -> None:

@@ -38,7 +38,7 @@ def test_the_example_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_built_in_policies_and_options_are_listed() -> None:
     """The table has each built-in policy, with all its options."""
     listed = re.findall(r"^\| `(\w+)` \| (.*?) \|", TEXT.partition("## Built in")[2], re.MULTILINE)
-    assert [name for name, _ in listed] == ["default", "random", "static"]
+    assert [name for name, _ in listed] == ["default", "flashlb", "frontier", "random", "static", "swift_balancer"]
     for name, options in listed:
         fields = [field.name for field in msgspec.structs.fields(load_policy(name).options_type)]
         assert re.findall(r"`(\w+)`", options) == fields

@@ -21,21 +21,21 @@ SHAPES = [
 ]
 
 
-@settings(deadline=None, max_examples=100)
-@given(weights=st.lists(st.integers(0, 9), max_size=40))
-def test_heaviest_first_equals_a_stable_sort(weights: list[int]) -> None:
-    """Equal weights keep their order, for any number of items."""
-    weight_Q = np.array(weights, dtype=np.float64)
-    assert _kernels.heaviest_first(weight_Q).tolist() == twins.heaviest_first_twin(weight_Q)
-
-
 def test_worked_examples() -> None:
     """The numbers in the docstrings are right."""
-    assert _kernels.heaviest_first(np.array([30.0, 40.0, 20.0, 30.0])).tolist() == [1, 0, 3, 2]
-    experts, weights = _kernels.replicate(np.array([90.0, 40.0, 20.0]), np.arange(3), 5, 3)
+    group_load, order = np.array([[1.0, 5.0, 4.0, 3.0]]), np.array([[1, 2, 3, 0]])
+    assert _kernels.order_in_nodes(group_load, order, 2, 1).tolist() == [[1, 0, 2, 3]]
+    experts, weights = np.empty(5, dtype=np.int32), np.empty(5)
+    _kernels.replicate(np.array([90.0, 40.0, 20.0]), np.arange(3), 3, experts, weights)
     assert (experts.tolist(), weights.tolist()) == ([0, 1, 2, 0, 0], [30.0, 40.0, 20.0, 30.0, 30.0])
-    bins, load = _kernels.pack(np.array([30.0, 40.0, 20.0, 30.0, 30.0, 10.0]), 2, 3)
-    assert (bins.tolist(), load.tolist()) == ([1, 0, 1, 1, 0, 0], [80.0, 80.0])
+    weights, kinds = np.array([30.0, 40.0, 20.0, 30.0, 30.0, 10.0]), np.array([0, 1, 2, 0, 0, 3], dtype=np.int32)
+    order = np.array([1, 0, 3, 4, 2, 5])
+    for apart, expected in ((False, [1, 4, 5, 0, 3, 2]), (True, [1, 3, 5, 0, 4, 2])):
+        items, load = _kernels.pack(weights, kinds, order, 2, apart)
+        assert (items.tolist(), load.tolist()) == (expected, [80.0, 80.0])
+    heap = np.arange(3)
+    _kernels.sink(heap, np.array([7.0, 5.0, 5.0]), 0)
+    assert heap.tolist() == [1, 0, 2]
     row, weight, bin_load = (
         np.array([0, 0, 1, 2], dtype=np.int32),
         np.array([5.0, 5.0, 6.0, 4.0]),
@@ -47,17 +47,55 @@ def test_worked_examples() -> None:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("experts", "topology"), SHAPES)
-def test_plan_layers_equals_its_twin(experts: int, topology: Topology, ties: bool) -> None:
-    """Whole plans agree slot for slot, with and without equal loads and idle experts."""
+def test_loops_equal_their_twins(experts: int, topology: Topology, ties: bool) -> None:
+    """Groups on nodes, replicas and bins agree item for item, with and without equal loads and idle experts."""
     random = np.random.default_rng(experts)
-    if ties:
-        load_LE = random.integers(0, 4, size=(6, experts)).astype(np.float64)
-        load_LE[0] = 0
-    else:
-        load_LE = random.lognormal(sigma=2.0, size=(6, experts))
-    ranks, nodes, most = topology.num_ranks, topology.num_nodes, topology.max_replicas
-    planned_LP = _kernels.plan_layers(load_LE, ranks, topology.slots_per_rank, nodes, topology.num_expert_groups, most)
-    np.testing.assert_array_equal(planned_LP, twins.plan_layers_twin(load_LE, topology, nodes, most))
+    load_LE = random.integers(0, 4, size=(6, experts)) if ties else random.lognormal(sigma=2.0, size=(6, experts))
+    load_LE = load_LE.astype(np.float64)
+    load_LE[0] *= not ties
+    nodes, groups, per_rank = topology.num_nodes, topology.num_expert_groups, topology.slots_per_rank
+    group_load_LG = load_LE.reshape(6, groups, -1).sum(axis=2)
+    order_LG = np.argsort(-group_load_LG, axis=1)
+    member_LE = _kernels.order_in_nodes(group_load_LG, order_LG, nodes, experts // groups)
+    members = [twins.order_in_nodes_twin(load_G, nodes, experts // groups) for load_G in group_load_LG]
+    assert member_LE.reshape(6, nodes, -1).tolist() == members
+
+    slots = topology.num_slots // nodes
+    expert_XQ, weight_XQ = _kernels.replicate_all(load_LE, member_LE, nodes, slots, topology.max_replicas)
+    layers = [(load_E, node) for load_E, of_layer in zip(load_LE, members, strict=True) for node in of_layer]
+    items = [twins.replicate_twin(load_E, node, slots, topology.max_replicas) for load_E, node in layers]
+    assert list(zip(expert_XQ.tolist(), weight_XQ.tolist(), strict=True)) == items
+
+    order_XQ = np.argsort(-weight_XQ, axis=1)
+    ranks = topology.num_ranks // nodes
+    for apart in (False, True):
+        for experts_Q, weight_Q, order_Q in zip(expert_XQ, weight_XQ, order_XQ, strict=True):
+            item_Q, load_R = _kernels.pack(weight_Q, experts_Q, order_Q, ranks, apart)
+            bins = twins.pack_twin(weight_Q.tolist(), experts_Q.tolist(), order_Q.tolist(), ranks, apart)
+            assert (item_Q.reshape(ranks, per_rank).tolist(), load_R.tolist()) == bins
+        planned_XQ = _kernels.pack_all(expert_XQ, weight_XQ, order_XQ, per_rank, experts, apart)
+        most = topology.max_replicas if apart else 0
+        if apart or topology.max_replicas >= slots:
+            plain = [twins.plan_node_twin(load_E, node, ranks, per_rank, most) for load_E, node in layers]
+            assert planned_XQ.tolist() == plain
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_a_sunk_entry_leaves_a_heap(data: st.DataObject) -> None:
+    """Whatever grows, on top or in the middle, no child is before its parent: by key, then by index."""
+    keys = st.integers(0, 5).map(float) | st.just(np.inf)
+    key = np.array(data.draw(st.lists(keys, min_size=1, max_size=20)))
+    heap = np.arange(len(key))
+    for node in reversed(range(len(key))):
+        _kernels.sink(heap, key, node)
+    for _ in range(5):
+        node = data.draw(st.integers(0, len(key) - 1))
+        key[heap[node]] += data.draw(st.integers(0, 3))
+        _kernels.sink(heap, key, node)
+        entries = [(key[index], index) for index in heap.tolist()]
+        assert sorted(heap.tolist()) == list(range(len(key)))
+        assert all(entries[(child - 1) // 2] < entries[child] for child in range(1, len(entries)))
 
 
 @settings(deadline=None, max_examples=200)
@@ -90,9 +128,3 @@ def test_separate_gives_up_where_nothing_helps() -> None:
     row = np.array([0, 0, 0, 1], dtype=np.int32)
     _kernels.separate(row, np.ones(4), np.full(2, 2.0), 2)
     assert sorted(row.tolist()) == [0, 0, 0, 1]
-
-
-def test_idle_experts_share_spare_slots_evenly() -> None:
-    """Without load there is nothing to prefer an expert for: no expert gets a third replica before all have two."""
-    experts, _ = _kernels.replicate(np.zeros(4), np.arange(4), 7, 4)
-    assert experts.tolist() == [0, 1, 2, 3, 0, 1, 2]

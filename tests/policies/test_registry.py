@@ -14,7 +14,14 @@ from eplb_async.core.errors import ConfigError, EplbError, PlacementError, Polic
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.policies import Policy, decode_options, load_policy, policy_names, run_policy
-from eplb_async.policies.registry import ENTRY_POINT_GROUP, check_choice, run_loaded
+from eplb_async.policies.registry import (
+    BUILT_IN,
+    ENTRY_POINT_GROUP,
+    check_choice,
+    decode_dispatch,
+    run_dispatch,
+    run_loaded,
+)
 from tests.policies.third_party import install
 
 SPEC = MoESpec(num_layers=2, num_experts=4, num_redundant=2, num_ranks=2)
@@ -30,6 +37,8 @@ class Bare(msgspec.Struct):
     factor: float = 1.0
 class Needy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     factor: float
+class Greedy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"mine": "dispatch"}):
+    mine: float = 1.0
 def stay(windows_TLE, slot_to_expert_LP, topology, options, state):
     return slot_to_expert_LP.copy(), state
 def make(name, options=Options):
@@ -38,6 +47,7 @@ good = make("stay")
 misnamed = make("other")
 loose = make("loose", Bare)
 needy = make("needy", Needy)
+greedy = make("greedy", Greedy)
 mine = make("default")
 """
 
@@ -84,21 +94,22 @@ def test_imports_no_numba(module: str) -> None:
 def test_built_in_names() -> None:
     """The built-in policies come first, in the order of the alphabet, and carry the name they are found by."""
     names = policy_names()
-    assert names[:3] == ["default", "random", "static"]
-    assert [load_policy(name).name for name in names[:3]] == names[:3]
-    assert all(load_policy(name).summary.count("\n") == 0 for name in names[:3])
+    assert names[: len(BUILT_IN)] == sorted(BUILT_IN)
+    assert {"default", "random", "static"} <= BUILT_IN.keys()
+    assert [load_policy(name).name for name in BUILT_IN] == list(BUILT_IN)
+    assert all(load_policy(name).summary.count("\n") == 0 for name in BUILT_IN)
 
 
 def test_unknown_name_lists_the_known() -> None:
     """A misspelt name is answered with those that exist."""
-    with pytest.raises(UnknownName, match=r"unknown policy 'defualt'; known: default, random, static"):
+    with pytest.raises(UnknownName, match=f"unknown policy 'defualt'; known: {', '.join(sorted(BUILT_IN))}"):
         load_policy("defualt")
 
 
 def test_third_party_policy(third_party: Callable[[str], None]) -> None:
     """An entry point makes a policy known by its name, with its options decoded and its result checked."""
     third_party("stay = MODULE:good")
-    assert policy_names() == ["default", "random", "static", "stay"]
+    assert policy_names() == [*sorted(BUILT_IN), "stay"]
     placement, state = run_policy("stay", WINDOWS, LIVE, SPEC, {"factor": 2}, b"kept")
     np.testing.assert_array_equal(placement, LIVE)
     assert state == b"kept"
@@ -113,6 +124,7 @@ def test_third_party_policy(third_party: Callable[[str], None]) -> None:
         ("stay", "MODULE:misnamed", "calls itself 'other'"),
         ("loose", "MODULE:loose", "forbid_unknown_fields=True"),
         ("needy", "MODULE:needy", "without a default: factor"),
+        ("greedy", "MODULE:greedy", "has an option 'dispatch', which every policy has already; rename it"),
     ],
 )
 def test_broken_third_party(third_party: Callable[[str], None], name: str, target: str, message: str) -> None:
@@ -143,6 +155,16 @@ def test_built_in_names_cannot_be_taken_over(third_party: Callable[[str], None])
     ("name", "options", "message"),
     [
         ("random", {"seeds": 1}, r"options of policy 'random'.*unknown field `seeds`.*its options: seed"),
+        ("random", {"seeds": 1}, r"of every policy: dispatch, dispatch_strength"),
+        (
+            "random",
+            {"dispatch": "weigthed"},
+            r"options of policy 'random'.*'weigthed' - at `\$\.dispatch` .*\"weighted\"",
+        ),
+        ("random", {"dispatch": True}, r"Expected `str`, got `bool` - at `\$\.dispatch`"),
+        ("random", {"dispatch_strength": "half"}, r"Expected `float`, got `str` - at `\$\.dispatch_strength`"),
+        ("random", {"dispatch_strength": 1.5}, r"dispatch_strength is 1\.5; it must be from 0 to 1"),
+        ("random", {"dispatch_strength": float("nan")}, r"dispatch_strength is nan"),
         ("random", {"seed": "1"}, r"Expected `int`, got `str` - at `\$\.seed`"),
         ("random", {"seed": -1}, "seed is -1; it must be at least 0"),
         ("default", {"relabel_ranks": 1}, r"Expected `bool`, got `int` - at `\$\.relabel_ranks`"),
@@ -274,7 +296,48 @@ def test_prepared_options_reach_the_policy() -> None:
 def test_check_choice_names_what_is_wrong() -> None:
     """A daemon refuses an unknown policy and bad options of a built-in one at its start; good ones pass."""
     check_choice("default", {"relabel_ranks": True})
-    with pytest.raises(UnknownName, match="'nope'; known: default, random, static"):
+    with pytest.raises(UnknownName, match=f"'nope'; known: {', '.join(sorted(BUILT_IN))}"):
         check_choice("nope", {})
     with pytest.raises(ConfigError, match="relabel"):
         check_choice("default", {"relabel_ranks": "much"})
+
+
+def test_check_choice_looks_at_planning_options_of_third_parties(third_party: Callable[[str], None]) -> None:
+    """What every policy has is checked for a third party's too, without importing it; its own options are not."""
+    third_party("stay = MODULE:absent")
+    check_choice("stay", {"anything": 1, "dispatch": "weighted"})
+    with pytest.raises(ConfigError, match=r"options of policy 'stay': .*dispatch_strength"):
+        check_choice("stay", {"dispatch_strength": 2})
+
+
+@pytest.mark.parametrize("name", ["default", "random", "stay"])
+def test_a_policy_does_not_see_planning_options(third_party: Callable[[str], None], name: str) -> None:
+    """They go with the options of any policy, built in or not, and change nothing about its placement."""
+    third_party("stay = MODULE:good")
+    options = {"dispatch": "weighted", "dispatch_strength": 0.5}
+    placement, _ = run_policy(name, WINDOWS, LIVE, SPEC, options)
+    np.testing.assert_array_equal(placement, run_policy(name, WINDOWS, LIVE, SPEC, {})[0])
+    assert decode_options(load_policy(name), options) == decode_options(load_policy(name), {})
+    assert decode_dispatch(name, options).dispatch_strength == 0.5
+
+
+def test_run_dispatch_gives_tables_where_they_are_asked_for() -> None:
+    """None for an even split; else tables that use the given strength; wrong input is refused as by run_policy."""
+    spec = MoESpec(num_layers=1, num_experts=2, num_redundant=2, num_ranks=2, table_length=4)
+    windows, rows_LP = np.array([[[80, 40]]]), np.array([[0, 1, 0, -1]], dtype=np.int32)
+    assert run_dispatch("random", windows, rows_LP, spec, {}) is None
+    fitted = run_dispatch("random", windows, rows_LP, spec, {"dispatch": "weighted", "dispatch_strength": 1, "seed": 1})
+    assert fitted is not None
+    assert fitted.table_LEK.tolist() == [[[0, 2, 2, 2], [1, -1, -1, -1]]]
+    hedged = run_dispatch("random", windows, rows_LP, spec, {"dispatch": "weighted"})
+    assert hedged is not None
+    assert hedged.table_LEK[0, 0].tolist() == [0, 2, 2, -1]
+    none = run_dispatch("random", windows, rows_LP, spec, {"dispatch": "weighted", "dispatch_strength": 0})
+    assert none is not None
+    assert none.even_L.all()
+    with pytest.raises(ConfigError, match="dispatch"):
+        run_dispatch("random", windows, rows_LP, spec, {"dispatch": "none"})
+    with pytest.raises(SpecError, match="load -80"):
+        run_dispatch("random", -windows, rows_LP, spec, {"dispatch": "weighted"})
+    with pytest.raises(PlacementError, match="no slot for expert 1"):
+        run_dispatch("random", windows, 0 * rows_LP, spec, {"dispatch": "weighted"})

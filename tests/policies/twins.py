@@ -1,24 +1,27 @@
-"""Plain twins of the compiled loops, written the obvious way, and the exact optimum of small cases."""
+"""Plain twins of the compiled loops, written the obvious way, the exact optimum of small cases, and inputs to try both on."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.placement import replica_count
+from eplb_async.core.placement import initial_placement, replica_count
 from eplb_async.core.score import rank_load
-from eplb_async.core.spec import Topology
+from eplb_async.core.spec import MoESpec, Topology
 
 __all__ = [
     "all_placements",
     "best_assignment_score",
-    "heaviest_first_twin",
+    "default_twin",
     "keep_slots_twin",
     "least_peak",
-    "node_of_expert_twin",
+    "order_in_nodes_twin",
     "pack_twin",
-    "plan_layers_twin",
+    "plan_node_twin",
+    "random_inputs",
     "replicate_twin",
     "separate_twin",
     "shared_experts_twin",
@@ -29,34 +32,32 @@ IntArray = NDArray[np.int32]
 
 
 def replicate_twin(load_E: FloatArray, members: list[int], num_slots: int, most: int) -> tuple[list[int], list[float]]:
-    """`_kernels.replicate`: every spare slot to the greatest load per replica."""
+    """`_kernels.replicate`: every spare slot to the greatest load per replica, the first of equals."""
     items = list(members)
     count = dict.fromkeys(members, 1)
     while len(items) < num_slots:
-        share = {expert: load_E[expert] / count[expert] for expert in members if count[expert] < most}
-        top = max(share.values())
-        # without load (top 0) the fewest replicas, else the first; `min` returns the first of equals
-        hottest = min((e for e in share if share[e] == top), key=lambda e: count[e] if top == 0 else 0)
+        share = {expert: float(load_E[expert]) / count[expert] for expert in members if count[expert] < most}
+        hottest = max(share, key=lambda expert: share[expert])
         count[hottest] += 1
         items.append(hottest)
-    return items, [float(load_E[expert] / count[expert]) for expert in items]
+    return items, [float(load_E[expert]) / count[expert] for expert in items]
 
 
-def heaviest_first_twin(weight_Q: FloatArray) -> list[int]:
-    """`_kernels.heaviest_first`: a stable sort."""
-    return sorted(range(len(weight_Q)), key=lambda item: -weight_Q[item])
-
-
-def pack_twin(weight_Q: FloatArray, num_bins: int, capacity: int) -> tuple[list[int], list[float]]:
-    """`_kernels.pack`: heaviest item into the lightest bin with room."""
+def pack_twin(
+    weights: Sequence[float], kinds: Sequence[int], order: Sequence[int], num_bins: int, apart: bool
+) -> tuple[list[list[int]], list[float]]:
+    """`_kernels.pack`: the bins as lists of items, and their loads."""
+    capacity = len(weights) // num_bins
     if capacity == 1:
-        return list(range(num_bins)), [float(weight) for weight in weight_Q]
-    bins = [-1] * len(weight_Q)
+        return [[item] for item in range(num_bins)], list(weights)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
     load = [0.0] * num_bins
-    for item in heaviest_first_twin(weight_Q):
-        best = min((b for b in range(num_bins) if bins.count(b) < capacity), key=lambda b: load[b])
-        bins[item] = best
-        load[best] += float(weight_Q[item])
+    for item in order:
+        room = [b for b in range(num_bins) if len(bins[b]) < capacity]
+        free = [b for b in room if kinds[item] not in [kinds[held] for held in bins[b]]]
+        best = min(free if apart and free else room, key=lambda b: load[b])
+        bins[best].append(item)
+        load[best] += weights[item]
     return bins, load
 
 
@@ -90,33 +91,74 @@ def separate_twin(row_Q: IntArray, weight_Q: FloatArray, bin_load_R: FloatArray)
                 weight_Q[[place, other]] = weight_Q[[other, place]]
 
 
-def node_of_expert_twin(load_E: FloatArray, num_nodes: int, num_groups: int) -> list[int]:
-    """`_kernels.node_of_expert`: whole groups packed on nodes."""
-    per_group = len(load_E) // num_groups
-    group_load = np.array([sum(load_E[g * per_group : (g + 1) * per_group]) for g in range(num_groups)])
-    nodes, _ = pack_twin(group_load, num_nodes, num_groups // num_nodes)
-    return [nodes[expert // per_group] for expert in range(len(load_E))]
+def order_in_nodes_twin(group_load_G: NDArray[np.floating[Any]], num_nodes: int, per_group: int) -> list[list[int]]:
+    """`_kernels.order_in_nodes`, for one layer, with numpy's order: the experts of each node."""
+    order, groups = np.argsort(-group_load_G).tolist(), range(len(group_load_G))
+    nodes, _ = pack_twin([float(load) for load in group_load_G], groups, order, num_nodes, apart=False)
+    return [[group * per_group + i for group in node for i in range(per_group)] for node in nodes]
 
 
-def plan_layers_twin(load_LE: FloatArray, topology: Topology, num_nodes: int, most: int) -> IntArray:
-    """`_kernels.plan_layers`, from the twins above."""
-    per_rank, ranks = topology.slots_per_rank, topology.num_ranks // num_nodes
+def plan_node_twin(load_E: FloatArray, members: list[int], num_ranks: int, per_rank: int, most: int) -> list[int]:
+    """The bins of one node, one after the other; most: replicas of an expert, 0 for vLLM's way without limits."""
+    items, weights = replicate_twin(load_E, members, num_ranks * per_rank, most or num_ranks * per_rank)
+    order = np.argsort(-np.array(weights)).tolist()
+    bins, load = pack_twin(weights, items, order, num_ranks, apart=most > 0)
+    flat = [item for held in bins for item in held]
+    row_Q = np.array([items[item] for item in flat], dtype=np.int32)
+    if most:
+        separate_twin(row_Q, np.array([weights[item] for item in flat]), np.array(load))
+    row: list[int] = row_Q.tolist()
+    return row
+
+
+def default_twin(load_LE: FloatArray, live_LP: IntArray, topology: Topology, strict: bool) -> IntArray:
+    """The whole `default` policy for ranks with fewer slots than there are experts, or `strict` (and then any ranks)."""
+    nodes, groups, num_experts = topology.num_nodes, topology.num_expert_groups, load_LE.shape[1]
+    if groups % nodes or (nodes > 1 and not strict and topology.slots_per_rank * nodes > num_experts):
+        nodes = groups = 1
+    ranks, per_group = topology.num_ranks // nodes, num_experts // groups
     rows = []
-    for load_E in load_LE:
-        nodes = [0] * len(load_E)
-        if num_nodes > 1:
-            nodes = node_of_expert_twin(load_E, num_nodes, topology.num_expert_groups)
-        row: list[int] = []
-        for node in range(num_nodes):
-            members = [expert for expert in range(len(load_E)) if nodes[expert] == node]
-            items, weights = replicate_twin(load_E, members, ranks * per_rank, most)
-            bins, bin_load = pack_twin(np.array(weights), ranks, per_rank)
-            order = sorted(range(len(items)), key=lambda item: bins[item])
-            bins_Q = np.array([items[item] for item in order], dtype=np.int32)
-            separate_twin(bins_Q, np.array([weights[item] for item in order]), np.array(bin_load))
-            row += bins_Q.tolist()
-        rows.append(row)
-    return np.array(rows, dtype=np.int32)
+    for load_E in load_LE.astype(np.float32):
+        group_load_G = load_E.reshape(groups, per_group).sum(axis=1)
+        members = order_in_nodes_twin(group_load_G, nodes, per_group)
+        most = 0 if strict else min(topology.max_replicas, ranks)
+        rows.append(
+            [slot for node in members for slot in plan_node_twin(load_E, node, ranks, topology.slots_per_rank, most)]
+        )
+    return keep_slots_twin(np.array(rows, dtype=np.int32), live_LP, topology.slots_per_rank)
+
+
+def random_inputs(number: int, seed: int) -> Iterator[tuple[MoESpec, FloatArray, IntArray]]:
+    """Specs of all kinds, windows with ties, zeros, skew and huge values, and live placements in any order."""
+    random = np.random.default_rng(seed)
+    for index in range(number):
+        groups, nodes = int(random.choice([1, 1, 1, 2, 3, 4, 8])), int(random.choice([1, 1, 2, 3, 4]))
+        experts, ranks = groups * int(random.integers(1, 9)), nodes * int(random.integers(1, 5))
+        redundant = (-(-experts // ranks) + int(random.integers(0, 4))) * ranks - experts
+        spec = MoESpec(
+            num_layers=int(random.integers(1, 4)),
+            num_experts=experts,
+            num_redundant=redundant,
+            num_ranks=ranks,
+            num_nodes=nodes,
+            num_expert_groups=groups,
+            table_length=0 if random.random() < 0.7 else redundant + 1,
+        )
+        shape = (int(random.integers(1, 4)), spec.num_layers, experts)
+        windows: list[NDArray[Any]] = [
+            random.integers(0, 4, size=shape),
+            np.zeros(shape),
+            random.lognormal(sigma=2.0, size=shape),
+            random.lognormal(sigma=3.0, size=shape) * 1e25,
+            random.poisson(random.lognormal(sigma=1.0, size=(1, *shape[1:])) * 30, size=shape),
+            random.random(size=shape) * (random.random(size=shape) < 0.3),
+            # different, but many of them equal as float32
+            random.integers(2**24, 2**24 + 8, size=shape),
+        ]
+        live_LP = initial_placement(spec)
+        if random.random() < 0.7:
+            live_LP = random.permuted(live_LP, axis=1)
+        yield spec, windows[index % len(windows)].astype(np.float64), live_LP
 
 
 def keep_slots_twin(planned_LP: IntArray, live_LP: IntArray, per_rank: int) -> IntArray:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from eplb_async.core.placement import initial_placement
-from eplb_async.core.score import windows_par
+from eplb_async.core.score import even_share, windows_par
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 
@@ -25,6 +25,19 @@ def test_equals_windows_par_for_every_set_of_windows_and_placement() -> None:
             expected_L = windows_par(np.array([load for _, load in windows]), rows_LP, SPEC.topology)
             expected_L[1] = np.nan
             np.testing.assert_allclose(live.of(windows, rows_LP), expected_L)
+
+
+def test_other_shares_are_another_placement() -> None:
+    """The same windows and rows with weights, with other weights, and evenly again: never what was remembered before."""
+    rng, live = np.random.default_rng(2), LivePar(SPEC.topology, SPEC.num_layers)
+    windows, rows_LP = [(index, rng.integers(1, 100, (3, 8))) for index in range(3)], initial_placement(SPEC)
+    load_TLE = np.array([load for _, load in windows])
+    heavier_LP = even_share(rows_LP, SPEC.num_experts)
+    heavier_LP[:, 0], heavier_LP[:, 8] = 0.9, 0.1  # the two slots of expert 0
+    for share_LP in (heavier_LP, 1.0 * even_share(rows_LP, SPEC.num_experts), None, heavier_LP):
+        expected_L = windows_par(load_TLE, rows_LP, SPEC.topology, share_LP)
+        np.testing.assert_allclose(live.of(windows, rows_LP, share_LP), expected_L)
+    assert not np.allclose(live.of(windows, rows_LP, heavier_LP), live.of(windows, rows_LP))
 
 
 def test_window_of_the_same_index_but_other_load_is_looked_at_again() -> None:

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from eplb_async.core.diff import aligned_target
 from eplb_async.core.placement import initial_placement
-from eplb_async.core.plan import counter, validate_entry
-from eplb_async.core.score import windows_par
+from eplb_async.core.plan import PlanEntry, counter, validate_entry
+from eplb_async.core.score import even_share, table_share, windows_par
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.planner import PLAN_OVERHEAD_BYTES, PackedArray, PlanProposal, PlanRequest, choose_entries
 
 __all__: list[str] = []
 
 SPEC = MoESpec(num_layers=4, num_experts=12, num_ranks=4, num_redundant=4, table_length=4)
+WEIGHTED: dict[str, Any] = {"dispatch": "weighted", "dispatch_strength": 1.0}
 
 
 def request_for(windows_TLE: Any, live_LP: Any, **changes: Any) -> PlanRequest:
@@ -79,6 +80,137 @@ def test_entries_are_valid_and_reach_the_aligned_target(seed: int, staging_rows:
     assert proposal.num_moves == sum(len(entry.moves_M3) for entry in proposal.entries)
     assert proposal.bytes_moved == sum(100 * (1 + e.layer) * len(e.moves_M3) for e in proposal.entries)
     assert proposal.bytes_between_ranks <= proposal.bytes_moved
+
+
+def share_of(entry: PlanEntry) -> Any:
+    """The shares that an entry's tables give the slots of its row."""
+    if not entry.table:
+        return even_share(entry.slot_to_expert_P[None], SPEC.num_experts)[0]
+    table_EK = np.frombuffer(entry.table, dtype="<i4").reshape(SPEC.num_experts, SPEC.max_replicas)
+    return table_share(table_EK, np.frombuffer(entry.count, dtype="<i4"), SPEC.num_slots)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), staging_rows=st.integers(2, 4), min_gain=st.sampled_from([0.0, 0.05]))
+def test_weighted_entries_are_valid_and_do_what_was_predicted(seed: int, staging_rows: int, min_gain: float) -> None:
+    """Rows as without weights, but each layer's last entry has the tables with which its PAR is as predicted, and lower by
+    min_gain at least; layers that stay where they are get one entry without a move.
+    """
+    rng = np.random.default_rng(seed)
+    live_LP, target_LP = random_placement(rng), random_placement(rng)
+    target_LP[1] = live_LP[1]
+    windows_TLE = rng.pareto(1.0, (3, 4, 12)) * 100
+    request = request_for(windows_TLE, live_LP, staging_rows=staging_rows, options=WEIGHTED, min_gain=min_gain)
+    proposal = choose_entries(request, target_LP, b"s")
+    reached_LP = apply(proposal, live_LP, staging_rows)
+    share_LP = even_share(live_LP, SPEC.num_experts)
+    for entry in proposal.entries:
+        share_LP[entry.layer] = share_of(entry)
+        on_the_way = not np.array_equal(entry.slot_to_expert_P, reached_LP[entry.layer])
+        assert not (entry.table and on_the_way)
+    after_L = windows_par(windows_TLE, reached_LP, SPEC.topology, share_LP)
+    np.testing.assert_allclose(proposal.par_after_L, after_L)
+    np.testing.assert_allclose(proposal.par_before_L, windows_par(windows_TLE, live_LP, SPEC.topology))
+    for layer in proposal.layers:
+        assert after_L[layer] <= proposal.par_before_L[layer] * (1 - min_gain)
+        mine = [entry for entry in proposal.entries if entry.layer == layer]
+        if np.array_equal(reached_LP[layer], live_LP[layer]):
+            assert [len(entry.moves_M3) for entry in mine] == [0]
+            assert mine[0].table
+    np.testing.assert_array_equal(reached_LP[1], live_LP[1])
+
+
+def hot_replica() -> tuple[Any, Any]:
+    """Every layer: expert 0, with 4 tokens, on rank 0 beside three others with 1 each and on rank 3 beside halves of two.
+
+    Evenly split the ranks have 5, 3.5, 3.5 and 3 tokens; with three quarters of expert 0 on rank 3, 4 and less.
+    """
+    row_P = np.array([*range(12), 0, 4, 8, -1], dtype=np.int32)
+    windows_TLE = np.ones((1, 4, 12))
+    windows_TLE[0, :, 0] = 4
+    return windows_TLE, np.tile(row_P, (4, 1))
+
+
+def test_dispatch_is_refitted_without_moving() -> None:
+    """The policy keeps the placement, but weights lower the PAR: entries without moves or bytes, and the reason says so."""
+    windows_TLE, live_LP = hot_replica()
+    proposal = choose_entries(request_for(windows_TLE, live_LP, options=WEIGHTED, min_gain=0.19), live_LP, b"")
+    assert proposal.layers == [0, 1, 2, 3]
+    assert (proposal.num_moves, proposal.bytes_moved) == (0, 0)
+    assert proposal.par_before_L == pytest.approx([5 / 3.75] * 4)
+    assert proposal.par_after_L == pytest.approx([4 / 3.75] * 4)
+    assert "4 of 4 layers pay, 4 of them by dispatch tables alone" in proposal.why
+    np.testing.assert_array_equal(apply(proposal, live_LP, 2), live_LP)
+    for options, min_gain in ((WEIGHTED, 0.21), ({}, 0.0)):
+        request = request_for(windows_TLE, live_LP, options=options, min_gain=min_gain)
+        assert choose_entries(request, live_LP, b"").entries == []
+
+
+def test_moves_must_pay_beyond_what_tables_bring() -> None:
+    """A move whose gain new tables for the live row have too is not made; without weights, or with more to gain, it is."""
+    windows_TLE, live_LP = hot_replica()
+    windows_TLE[0, :, 2] = 2
+    target_LP = live_LP.copy()
+    target_LP[:, [1, 15]] = target_LP[
+        :, [15, 1]
+    ]  # expert 1 from rank 0 to rank 3: the peak falls from 6 to 5, evenly split
+
+    def plan(**changes: Any) -> tuple[int, int]:
+        """Moves, and entries with tables."""
+        proposal = choose_entries(request_for(windows_TLE, live_LP, **changes), target_LP, b"")
+        return proposal.num_moves, sum(bool(entry.table) for entry in proposal.entries)
+
+    assert plan(min_gain=0.13) == (4, 0)
+    # with weights the peak falls to 5 as things are, and with the move to 4.33: a ninth of the 6 further
+    assert plan(min_gain=0.13, options=WEIGHTED) == (0, 4)
+    assert plan(min_gain=0.1, options=WEIGHTED) == (4, 4)
+
+
+def test_par_counts_with_live_weights_and_a_good_fit_is_left_alone() -> None:
+    """What the tables gained is in the PAR before; the same windows again give nothing to refit."""
+    windows_TLE, live_LP = hot_replica()
+    first = choose_entries(request_for(windows_TLE, live_LP, options=WEIGHTED), live_LP, b"")
+    share_LP = np.stack([share_of(entry) for entry in sorted(first.entries, key=lambda entry: entry.layer)])
+    request = request_for(windows_TLE, live_LP, options=WEIGHTED, share=PackedArray.pack(share_LP))
+    again = choose_entries(request, live_LP, b"")
+    np.testing.assert_allclose(again.par_before_L, first.par_after_L)
+    assert again.entries == []
+
+
+def test_weights_that_nobody_refits_go_back_to_even() -> None:
+    """Weighted dispatch was switched off: layers with weights get an even split, even where that costs; others nothing."""
+    windows_TLE, live_LP = hot_replica()
+    first = choose_entries(request_for(windows_TLE, live_LP, options=WEIGHTED), live_LP, b"")
+    share_LP = even_share(live_LP, SPEC.num_experts)
+    share_LP[2] = share_of(next(entry for entry in first.entries if entry.layer == 2))
+    off = choose_entries(request_for(windows_TLE, live_LP, share=PackedArray.pack(share_LP)), live_LP, b"")
+    assert off.layers == [2]
+    assert [(entry.table, entry.count, entry.moves) for entry in off.entries] == [(b"", b"", b"")]
+    assert off.par_after_L[2] > off.par_before_L[2]
+    apply(off, live_LP, 2)
+
+
+@pytest.mark.parametrize("options", [{}, WEIGHTED])
+def test_unknown_dispatch_is_set_whatever_it_gains(options: dict[str, Any]) -> None:
+    """Layers to renew get an entry although nothing gets better."""
+    windows_TLE, live_LP = np.ones((1, 4, 12)), initial_placement(SPEC)
+    request = request_for(windows_TLE, live_LP, options=options, renew=[1, 3], min_gain=0.9)
+    proposal = choose_entries(request, live_LP, b"")
+    assert proposal.layers == [1, 3]
+    assert proposal.num_moves == 0
+    apply(proposal, live_LP, 2)
+
+
+def test_tables_count_for_what_fits_the_board() -> None:
+    """Room for the rows alone is not enough for a layer with tables; with room for both it is there."""
+    windows_TLE, live_LP = hot_replica()
+    request = request_for(windows_TLE, live_LP, options=WEIGHTED)
+    entry = choose_entries(request, live_LP, b"").entries[0]
+    rows = PLAN_OVERHEAD_BYTES + len(entry.slots) + 64
+    for room, layers in ((rows, []), (rows + len(entry.table) + len(entry.count), [0])):
+        proposal = choose_entries(msgspec.structs.replace(request, capacity=room), live_LP, b"")
+        assert proposal.layers == layers
+        assert "do not fit" in proposal.why
 
 
 def one_hot_layers() -> tuple[Any, Any, Any]:

@@ -1,0 +1,133 @@
+"""The `flashlb` policy's plan, layer by layer: is it due, which replica counts, which placement.
+
+Imports numba (see `_kernels` for what that implies). It has a plain twin in tests/policies/twins_flash.py.
+"""
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_async.policies._flash_search import NO_HOMES, deal, search
+from eplb_async.policies._flash_swaps import swap_experts
+from eplb_async.policies._flash_work import (
+    INNER,
+    Rules,
+    Work,
+    heaviest_first,
+    mean_peak,
+    put_on_ranks,
+    read_shares,
+    read_statistics,
+)
+from eplb_async.policies._kernels import CACHE, separate
+
+__all__ = ["HOPELESS", "WORSE_THAN_FOUND", "find_homes", "plan_layers"]
+
+IntArray = NDArray[np.int32]
+IndexArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+WORSE_THAN_FOUND = 1.02
+"""A placement that keeps experts at home may have as much more PAR than the best that the search simulated."""
+
+HOPELESS = 1.1
+"""And if it has as much more before its swaps, they are not tried."""
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def plan_layers(
+    windows_TLE: FloatArray, live_LP: IntArray, promised_L: FloatArray, rules: Rules, work: Work
+) -> tuple[IntArray, FloatArray, IndexArray, FloatArray]:
+    """Plan the layers that are due.
+
+    Args:
+        windows_TLE: tokens per expert.
+        live_LP: the live placement; -1 is an empty slot.
+        promised_L: mean / peak that was promised when the layer was last deployed; 1 if that is not known.
+        rules: the settings; a rank has fewer slots than there are experts.
+        work: scratch, of T windows.
+
+    Returns:
+        int32 [L, P]: planned rows, any where nothing is gained; the gain of each layer: the part by which the mean PAR falls,
+        0 for a layer that is to stay, infinite for one that has to change because a rank holds an expert twice; whether it
+        was planned without regard to where experts are, so that its ranks are still to be matched to the live ones; and
+        mean / peak of what was planned.
+    """
+    num_layers = live_LP.shape[0]
+    count_E = work.count_E
+    planned_LP = np.zeros(live_LP.shape, dtype=np.int32)
+    gain_L, astray_L, ratio_L = np.zeros(num_layers), np.zeros(num_layers, dtype=np.int64), np.ones(num_layers)
+    for layer in range(num_layers):
+        used, noise = read_shares(windows_TLE, layer, rules.num_ranks, work)
+        if used == 0:
+            continue
+        live_RS = live_LP[layer].reshape((rules.num_ranks, rules.slots_per_rank))
+        doubled = find_homes(live_RS, count_E, work.home_P, work.home_at_E)
+        put_on_ranks(work.share_ET, used, live_RS, count_E, work.load_RT)
+        live_par = mean_peak(work.load_RT, used, work.peak_T)
+        ratio = 1.0 / max(1.0, live_par - rules.allowance * noise / np.sqrt(used))
+        if not doubled and ratio >= rules.ratio * promised_L[layer] and ratio >= rules.below:
+            continue
+        read_statistics(work, used, rules.z_score)
+        order_E = heaviest_first(work.risk_E)
+        found, par = search(work, used, order_E, count_E, rules), np.inf
+        for within in (rules.stay_within, NO_HOMES):
+            par, met = deal(work, used, order_E, count_E, within, np.inf, rules)
+            if met:
+                par = _part_doubles(work, used, count_E)
+            if within > NO_HOMES and par > found * HOPELESS:
+                continue
+            par = swap_experts(work, used, count_E, par, rules)
+            astray_L[layer] = within == NO_HOMES
+            if par <= found * WORSE_THAN_FOUND:
+                break
+        gain = 1.0 - par / live_par
+        gain_L[layer] = np.inf if doubled else (gain if gain > rules.least_gain else 0.0)
+        ratio_L[layer] = 1.0 / par
+        for slot in range(live_LP.shape[1]):
+            planned_LP[layer, slot] = work.row_RS[slot // rules.slots_per_rank, slot % rules.slots_per_rank]
+    return planned_LP, gain_L, astray_L, ratio_L
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def find_homes(row_RS: IntArray, count_E: IndexArray, home_P: IndexArray, home_at_E: IndexArray) -> bool:
+    """Count the replicas of each expert, and list the ranks that hold it.
+
+    [[0, 1], [0, -1]]: counts [2, 1], ranks [0, 1, 0], which begin at [0, 2, 3].
+
+    Returns:
+        Whether some rank holds an expert twice.
+    """
+    count_E[:] = 0
+    doubled = False
+    for rank in range(row_RS.shape[0]):
+        for slot in range(row_RS.shape[1]):
+            if row_RS[rank, slot] >= 0:
+                count_E[row_RS[rank, slot]] += 1
+                for before in range(slot):
+                    doubled |= row_RS[rank, before] == row_RS[rank, slot]
+    home_at_E[0] = 0
+    for expert in range(count_E.shape[0]):
+        home_at_E[expert + 1] = home_at_E[expert] + count_E[expert]
+    # filled from the last rank down, each list from its end
+    for rank in range(row_RS.shape[0] - 1, -1, -1):
+        for slot in range(row_RS.shape[1]):
+            expert = row_RS[rank, slot]
+            if expert >= 0:
+                count_E[expert] -= 1
+                home_P[home_at_E[expert] + count_E[expert]] = rank
+    for expert in range(count_E.shape[0]):
+        count_E[expert] = home_at_E[expert + 1] - home_at_E[expert]
+    return doubled
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def _part_doubles(work: Work, num_windows: int, count_E: IndexArray) -> float:
+    """Swap replicas that met on a rank apart; the mean PAR after that."""
+    row_P = work.row_RS.reshape(work.row_RS.size)
+    weight_P = np.zeros(row_P.shape[0])
+    for slot in range(row_P.shape[0]):
+        weight_P[slot] = work.mean_E[row_P[slot]] / count_E[row_P[slot]]
+    separate(row_P, weight_P, work.mean_R, count_E.shape[0])
+    put_on_ranks(work.share_ET, num_windows, work.row_RS, count_E, work.load_RT)
+    return mean_peak(work.load_RT, num_windows, work.peak_T)

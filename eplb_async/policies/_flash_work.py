@@ -1,0 +1,278 @@
+"""What the `flashlb` kernels work on: the settings, one layer's windows and statistics, and a placement in the making.
+
+All loads are shares: every window is scaled to a mean of 1 per rank, so that the load of a rank in a window reads as a
+ratio to the mean, and the greatest of them is the window's PAR. A step with few tokens counts as much as one with many.
+
+Imports numba (see `_kernels` for what that implies). Every function has a plain twin in tests/policies/twins_flash.py.
+"""
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_async.policies._kernels import CACHE
+
+__all__ = [
+    "INNER",
+    "Rules",
+    "Work",
+    "heaviest_first",
+    "mean_peak",
+    "new_work",
+    "put_on_ranks",
+    "read_shares",
+    "read_statistics",
+]
+
+INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Options of kernels that only kernels call: without the ways in from Python and C they compile in two thirds of the time."""
+
+IntArray = NDArray[np.int32]
+IndexArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+class Rules(NamedTuple):
+    """The settings of a plan, as the kernels take them; `flashlb.FlashLBOptions` says more."""
+
+    num_ranks: int
+    slots_per_rank: int
+    most_replicas: int
+    """Of one expert: at most K, and at most R."""
+    depth: int
+    width: int
+    z_score: float
+    replica_rule: int
+    """0 peak, 1 relief, 2 proportional."""
+    stay_within: float
+    most_swaps: int
+    good_enough: float
+    """A mean PAR at which swapping ends."""
+    ratio: float
+    """A layer is due if its mean / peak is below this part of what was promised ..."""
+    below: float
+    """... or below this value."""
+    allowance: float
+    """What chance may add to the PAR, in standard deviations of a rank's load."""
+    least_gain: float
+    """A planned layer stays unless its mean PAR falls by more than this part."""
+
+
+class Work(NamedTuple):
+    """Arrays that one layer after the other uses; only `new_work` makes them."""
+
+    # of the windows
+    share_ET: FloatArray
+    mean_E: FloatArray
+    var_E: FloatArray
+    off_TE: FloatArray
+    """Deviations from the mean, scaled: the covariance of two experts is the dot product of their columns."""
+    covariance_EE: FloatArray
+    """The same as a matrix; [0, 0] where the columns are cheaper. Dealing needs the covariance of each expert with each
+    rank's load: R dot products of T, or, with the matrix, E additions that keep all covariances of one rank up to date."""
+    risk_E: FloatArray
+    """Mean + z standard deviations."""
+    # of the live placement
+    count_E: IndexArray
+    home_P: IndexArray
+    """Ranks of the first expert's replicas, then of the second's, ..."""
+    home_at_E: IndexArray
+    """Where in `home_P` those of expert e begin and, at e + 1, end."""
+    # of the placement that is being made
+    row_RS: IntArray
+    filled_R: IndexArray
+    mean_R: FloatArray
+    var_R: FloatArray
+    open_R: FloatArray
+    """The mean again; infinite where no slot is left."""
+    last_R: IndexArray
+    """The expert that the rank got last."""
+    spread_RX: FloatArray
+    """How each rank's load deviates from its mean, [R, T]; or, with the matrix, its covariance with every expert, [R, E]."""
+    load_RT: FloatArray
+    peak_T: FloatArray
+    # of its busiest ranks
+    top_3T: FloatArray
+    """The three greatest loads of each window."""
+    rest_T: FloatArray
+    """The greatest load of all ranks but the two between which a swap is sought."""
+    windows_T: IndexArray
+    """Windows, those first in which the rank that is to be lowered is the busiest."""
+    held_RE: IntArray
+    """How often a rank holds an expert."""
+    rank_R: IndexArray
+    """Ranks by ascending mean load; while dealing, those with room first."""
+
+
+def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
+    """Arrays for layers of up to T windows."""
+    ranks, per_rank = rules.num_ranks, rules.slots_per_rank
+    wide = num_experts if num_windows * ranks > 4 * num_experts else 0
+    of_experts, of_ranks = np.zeros((3, num_experts)), np.zeros((3, ranks))
+    return Work(
+        np.zeros((num_experts, num_windows)),
+        of_experts[0],
+        of_experts[1],
+        np.zeros((num_windows, num_experts)),
+        np.zeros((wide, wide)),
+        of_experts[2],
+        np.zeros(num_experts, dtype=np.int64),
+        np.zeros(ranks * per_rank, dtype=np.int64),
+        np.zeros(num_experts + 1, dtype=np.int64),
+        np.zeros((ranks, per_rank), dtype=np.int32),
+        np.zeros(ranks, dtype=np.int64),
+        of_ranks[0],
+        of_ranks[1],
+        of_ranks[2],
+        np.zeros(ranks, dtype=np.int64),
+        np.zeros((ranks, wide or num_windows)),
+        np.zeros((ranks, num_windows)),
+        np.zeros(num_windows),
+        np.zeros((3, num_windows)),
+        np.zeros(num_windows),
+        np.zeros(num_windows, dtype=np.int64),
+        np.zeros((ranks, num_experts), dtype=np.int32),
+        np.zeros(ranks, dtype=np.int64),
+    )
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def read_shares(windows_TLE: FloatArray, layer: int, num_ranks: int, work: Work) -> tuple[int, float]:
+    """Scale the windows of a layer that have load to a mean of 1 per rank; writes `share_ET` and `mean_E`.
+
+    Windows [[3, 1], [0, 0], [2, 6]] on 2 ranks: shares [[1.5, 0.5], [0.5, 1.5]] (by expert), means [1, 1], 2 windows; the mean
+    rank loads are 2 and 4 tokens, so the noise is (1 / sqrt(2) + 1 / 2) / 2 = 0.604.
+
+    Returns:
+        How many windows have load (so little that its reciprocal overflows counts as none); and the standard deviation that a
+        rank's share has by chance alone, if tokens choose experts independently: 1 / sqrt(tokens of a rank), averaged over the
+        windows.
+    """
+    num_windows, _, num_experts = windows_TLE.shape
+    share_ET, mean_E = work.share_ET, work.mean_E
+    mean_E[:] = 0.0
+    used, noise = 0, 0.0
+    for window in range(num_windows):
+        # four sums at once: one would wait for each addition in turn
+        one, two, three, four = 0.0, 0.0, 0.0, 0.0
+        for expert in range(0, num_experts - 3, 4):
+            one += windows_TLE[window, layer, expert]
+            two += windows_TLE[window, layer, expert + 1]
+            three += windows_TLE[window, layer, expert + 2]
+            four += windows_TLE[window, layer, expert + 3]
+        for expert in range(num_experts // 4 * 4, num_experts):
+            one += windows_TLE[window, layer, expert]
+        total = (one + two) + (three + four)
+        scale = num_ranks / total if total > 0.0 else np.inf
+        if scale < np.inf:
+            # less than a token for each rank is no count of tokens
+            noise += np.sqrt(scale) if scale <= 1.0 else 0.0
+            for expert in range(num_experts):
+                share = windows_TLE[window, layer, expert] * scale
+                share_ET[expert, used] = share
+                mean_E[expert] += share
+            used += 1
+    if used == 0:
+        return 0, 0.0
+    for expert in range(num_experts):
+        mean_E[expert] /= used
+    return used, noise / used
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def read_statistics(work: Work, num_windows: int, z_score: float) -> None:
+    """Variances, deviations, covariances (if there is a matrix) and risks, from shares and means that are there.
+
+    Shares [1.5, 0.5] and [0.5, 1.5] of two experts, z = 2: variances 0.5, covariance -0.5, risks 1 + 2 sqrt(0.5) = 2.414.
+    """
+    share_ET, mean_E, var_E, off_TE = work.share_ET, work.mean_E, work.var_E, work.off_TE
+    covariance_EE, risk_E = work.covariance_EE, work.risk_E
+    num_experts = mean_E.shape[0]
+    var_E[:] = 0.0
+    if num_windows > 1:
+        scale = 1.0 / np.sqrt(num_windows - 1.0)
+        for window in range(num_windows):
+            for expert in range(num_experts):
+                off = (share_ET[expert, window] - mean_E[expert]) * scale
+                off_TE[window, expert] = off
+                var_E[expert] += off * off
+    for expert in range(num_experts):
+        risk_E[expert] = mean_E[expert] + z_score * np.sqrt(var_E[expert])
+    if num_windows > 1 and covariance_EE.shape[0] > 0:
+        covariance_EE[:] = 0.0
+        # four windows in one pass over the matrix: it is the passes that take time
+        for window in range(0, num_windows - 3, 4):
+            for one in range(num_experts):
+                first, second = off_TE[window, one], off_TE[window + 1, one]
+                third, fourth = off_TE[window + 2, one], off_TE[window + 3, one]
+                for other in range(num_experts):
+                    covariance_EE[one, other] += (
+                        first * off_TE[window, other] + second * off_TE[window + 1, other]
+                    ) + (third * off_TE[window + 2, other] + fourth * off_TE[window + 3, other])
+        for window in range(num_windows // 4 * 4, num_windows):
+            for one in range(num_experts):
+                for other in range(num_experts):
+                    covariance_EE[one, other] += off_TE[window, one] * off_TE[window, other]
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def put_on_ranks(
+    share_ET: FloatArray, num_windows: int, row_RS: IntArray, count_E: IndexArray, load_RT: FloatArray
+) -> None:
+    """The load of each rank in each window, written to `load_RT`; empty slots (-1) add nothing.
+
+    Shares [[1.5, 0.5], [0.5, 1.5]], slots [[0, 1], [0, -1]] and counts [2, 1]: [[1.25, 1.75], [0.75, 0.25]].
+    """
+    for rank in range(row_RS.shape[0]):
+        for window in range(num_windows):
+            load_RT[rank, window] = 0.0
+        for slot in range(row_RS.shape[1]):
+            expert = row_RS[rank, slot]
+            if expert >= 0:
+                part = 1.0 / count_E[expert]
+                for window in range(num_windows):
+                    load_RT[rank, window] += share_ET[expert, window] * part
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def mean_peak(load_RT: FloatArray, num_windows: int, peak_T: FloatArray) -> float:
+    """The mean over windows of the busiest rank's load, which is the mean PAR; writes the peaks to `peak_T`.
+
+    [[1.25, 1.75], [0.75, 0.25]]: (1.25 + 1.75) / 2 = 1.5.
+    """
+    for window in range(num_windows):
+        peak_T[window] = load_RT[0, window]
+    for rank in range(1, load_RT.shape[0]):
+        for window in range(num_windows):
+            peak_T[window] = max(peak_T[window], load_RT[rank, window])
+    total = 0.0
+    for window in range(num_windows):
+        total += peak_T[window]
+    return total / num_windows
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def heaviest_first(weight_N: FloatArray) -> IndexArray:
+    """Items by descending weight, equal ones in their order: merge sort.
+
+    [30, 40, 20, 30]: [1, 0, 3, 2]. (np.argsort would do, but numba takes nearly a second longer to compile it.)
+    """
+    num_items = weight_N.shape[0]
+    order, merged = np.arange(num_items), np.arange(num_items)
+    width = 1
+    while width < num_items:
+        for start in range(0, num_items, 2 * width):
+            middle, end = min(start + width, num_items), min(start + 2 * width, num_items)
+            left, right = start, middle
+            for place in range(start, end):
+                if left < middle and (right >= end or weight_N[order[left]] >= weight_N[order[right]]):
+                    merged[place] = order[left]
+                    left += 1
+                else:
+                    merged[place] = order[right]
+                    right += 1
+        order, merged = merged, order
+        width *= 2
+    return order

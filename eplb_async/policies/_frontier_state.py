@@ -1,0 +1,189 @@
+"""The placement of one layer while the `frontier` policy searches (see `_frontier`): its state, its potential, and a step.
+
+Arrays are unpacked from the state at the start of a function, and loops over them are written out: numba passes a state by
+value and counts references of each array taken from it, which inside a loop costs more than the arithmetic.
+
+Shape suffixes: T windows, E experts, K most replicas, P slots, R ranks.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_async.policies._kernels import CACHE
+
+__all__ = ["EVEN", "STEEP", "LayerState", "above", "layer_state", "mean_peak", "take_step"]
+
+IntArray = NDArray[np.int32]
+LongArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+STEEP = 0.5
+"""Weight of load above the waterline against its square: either alone costs moves or balance."""
+EVEN = 0.01
+"""Weight of the preference for even ranks: it saves a tenth of the moves, and decides nothing else."""
+
+
+class LayerState(NamedTuple):
+    """One layer's placement and what follows from it. Steps change the arrays in place.
+
+    Fields:
+        load_ET: load of each expert in each window.
+        row_P: expert of each slot: no slot empty, no expert twice on a rank.
+        count_E: replicas of each expert.
+        host_EK: ranks that hold each expert; the first count_E of each row.
+        on_ER, live_ER: which rank holds which expert, now and in the live placement.
+        load_RT: load of each rank in each window.
+        above_R: potential of each rank.
+        node_E, node_R: an expert may only be on ranks of its node.
+        split_E: spread times the square of each expert's load, summed over windows.
+        waterline: see `_frontier`.
+    """
+
+    load_ET: FloatArray
+    row_P: IntArray
+    count_E: LongArray
+    host_EK: LongArray
+    on_ER: BoolArray
+    live_ER: BoolArray
+    load_RT: FloatArray
+    above_R: FloatArray
+    node_E: LongArray
+    node_R: LongArray
+    split_E: FloatArray
+    waterline: float
+
+
+@numba.njit(error_model="numpy", cache=CACHE, inline="always")
+def above(  # size: inlined into loops
+    load_RT: FloatArray,
+    load_ET: FloatArray,
+    waterline: float,
+    rank: int,
+    first: int,
+    gets: float,
+    second: int,
+    gives: float,
+) -> float:
+    """Potential of a rank if it had `gets` times the load of one expert and `gives` times that of a second one more.
+
+    Load 1.5, waterline 1.25, expert loads 2 and 4, which it has -0.5 and 0.25 times more of: load 1.5, over 0.25,
+    potential 0.25 * (0.5 + 0.25) + 0.01 * 0.25 = 0.19.
+    """
+    total = 0.0
+    for window in range(load_RT.shape[1]):
+        load = load_RT[rank, window] + gets * load_ET[first, window] + gives * load_ET[second, window]
+        over = max(load - waterline, 0.0)
+        total += over * (STEEP + over) + EVEN * (load - 1.0) * (load - 1.0)
+    return total
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def layer_state(  # size: what a layer's state is made of
+    load_ET: FloatArray,
+    row_P: IntArray,
+    live_ER: BoolArray,
+    node_E: LongArray,
+    node_R: LongArray,
+    most_replicas: int,
+    waterline: float,
+    spread: float,
+) -> LayerState:
+    """The state of a placement without empty slots and without an expert twice on a rank; steps change `row_P`.
+
+    Loads [[1.5], [0.5]] in slots [0, 1 | 0, 1] on 2 ranks: both ranks have 1.
+    """
+    num_experts, num_windows = load_ET.shape
+    num_ranks = node_R.shape[0]
+    width = row_P.shape[0] // num_ranks
+    count_E = np.zeros(num_experts, dtype=np.int64)
+    host_EK = np.full((num_experts, most_replicas), -1, dtype=np.int64)
+    on_ER = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+    for slot in range(row_P.shape[0]):
+        expert, rank = row_P[slot], slot // width
+        host_EK[expert, count_E[expert]] = rank
+        on_ER[expert, rank] = True
+        count_E[expert] += 1
+    load_RT = np.zeros((num_ranks, num_windows))
+    for slot in range(row_P.shape[0]):
+        expert, rank = row_P[slot], slot // width
+        for window in range(num_windows):
+            load_RT[rank, window] += load_ET[expert, window] / count_E[expert]
+    above_R = np.empty(num_ranks)
+    for rank in range(num_ranks):
+        above_R[rank] = above(load_RT, load_ET, waterline, rank, 0, 0.0, 0, 0.0)
+    split_E = np.zeros(num_experts)
+    for expert in range(num_experts):
+        for window in range(num_windows):
+            split_E[expert] += spread * load_ET[expert, window] * load_ET[expert, window]
+    return LayerState(
+        load_ET, row_P, count_E, host_EK, on_ER, live_ER, load_RT, above_R, node_E, node_R, split_E, waterline
+    )
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def mean_peak(load_RT: FloatArray) -> float:
+    """Mean over windows of the busiest rank's load: the PAR. Loads [[1.5, 1], [0.5, 1]]: 1.25."""
+    total = 0.0
+    for window in range(load_RT.shape[1]):
+        peak = 0.0
+        for rank in range(load_RT.shape[0]):
+            peak = max(peak, load_RT[rank, window])
+        total += peak
+    return float(total / load_RT.shape[1])
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def take_step(state: LayerState, first: int, expert: int, second: int) -> None:
+    """Put an expert into a slot, and what was there into the second slot (-1: nowhere), and change the state accordingly.
+
+    Slots [0, 1 | 2, 3]: take_step(state, 0, 3, 3) gives [3, 1 | 2, 0].
+    """
+    row_P, count_E, host_EK, on_ER = state.row_P, state.count_E, state.host_EK, state.on_ER
+    width = row_P.shape[0] // state.node_R.shape[0]
+    held, rank = row_P[first], first // width
+    count, held_count = count_E[expert], count_E[held]
+    if second >= 0:
+        other = second // width
+        _shift(state, rank, held, -1.0 / held_count, expert, 1.0 / count)
+        _shift(state, other, held, 1.0 / held_count, expert, -1.0 / count)
+        host_EK[held, _copy_on(host_EK[held], rank)] = other
+        host_EK[expert, _copy_on(host_EK[expert], other)] = rank
+        on_ER[held, rank], on_ER[held, other] = False, True
+        on_ER[expert, other], on_ER[expert, rank] = False, True
+        row_P[second] = held
+    else:
+        for copy in range(count):
+            _shift(state, host_EK[expert, copy], expert, 1.0 / (count + 1) - 1.0 / count, expert, 0.0)
+        for copy in range(held_count):
+            if host_EK[held, copy] != rank:
+                _shift(state, host_EK[held, copy], held, 1.0 / (held_count - 1) - 1.0 / held_count, held, 0.0)
+        _shift(state, rank, held, -1.0 / held_count, expert, 1.0 / (count + 1))
+        host_EK[held, _copy_on(host_EK[held], rank)] = host_EK[held, held_count - 1]
+        host_EK[held, held_count - 1] = -1
+        host_EK[expert, count] = rank
+        on_ER[held, rank], on_ER[expert, rank] = False, True
+        count_E[held] -= 1
+        count_E[expert] += 1
+    row_P[first] = expert
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def _shift(state: LayerState, rank: int, first: int, gets: float, second: int, gives: float) -> None:
+    """Add parts of two experts' loads to a rank."""
+    load_RT, load_ET = state.load_RT, state.load_ET
+    for window in range(load_RT.shape[1]):
+        load_RT[rank, window] += gets * load_ET[first, window] + gives * load_ET[second, window]
+    state.above_R[rank] = above(load_RT, load_ET, state.waterline, rank, first, 0.0, second, 0.0)
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def _copy_on(host_K: LongArray, rank: int) -> int:
+    """Index of a rank among an expert's hosts, which it is one of."""
+    copy = 0
+    while host_K[copy] != rank:
+        copy += 1
+    return copy
