@@ -127,9 +127,12 @@ def test_commits_are_a_behaviour_of_the_model(group: str, runtime_dir: Path, num
 
 
 def _failed_pull(ranks: RankGroup, daemon: Publisher) -> None:
+    """A rank fails in the middle of its pulls: the gate keeps the plan from being committed before it does."""
+    ranks.ask(1, "call", close_gate)
     daemon.post(daemon.plan([rolled(daemon, 0)]))
     ranks.step_until(lambda: ranks.ask(1, "call", _holds_a_plan))
     ranks.ask(1, "call", give_up, 1)
+    ranks.ask(1, "call", open_gate)
 
 
 def _aborted(ranks: RankGroup, daemon: Publisher) -> None:
