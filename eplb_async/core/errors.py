@@ -26,6 +26,7 @@
     |   |-- PlanInvalid                   it contradicts itself or the live placement
     |   `-- TransferFailed                bytes could not be copied, or were not those of the expert
     |-- PolicyError                       a policy raised, returned nonsense, or took too long
+    |-- DeviceCallFailed                  a call into a GPU's driver that should work did not
     `-- InternalError                     our bug; please report it
 
 The classes own the wording: a message says what was found, what was needed, and what to do.
@@ -41,6 +42,7 @@ __all__ = [
     "DaemonError",
     "DaemonRunning",
     "DaemonUnavailable",
+    "DeviceCallFailed",
     "EplbError",
     "HookClosed",
     "InternalError",
@@ -248,6 +250,14 @@ class PolicyError(EplbError):
     def __init__(self, policy: str, why: str) -> None:
         super().__init__(f"policy {policy!r} {why}; the live placement stays as it is")
         self.policy, self.why = policy, why
+
+
+class DeviceCallFailed(EplbError):
+    """A call into the driver of a GPU failed."""
+
+    def __init__(self, call: str, why: str) -> None:
+        super().__init__(f"{call} failed: {why}; look at the driver's log (dmesg, nvidia-smi -q) and at earlier errors")
+        self.call, self.why = call, why
 
 
 class InternalError(EplbError):

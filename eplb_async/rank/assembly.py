@@ -26,12 +26,12 @@ from eplb_async.rank.exchange import Exchange, SharedMemoryExchange
 from eplb_async.rank.maps import Maps
 from eplb_async.rank.membership import Membership
 from eplb_async.rank.plan_reader import PlanReader
+from eplb_async.rank.platform import Platform, choose_platform
 from eplb_async.rank.recorder import Recorder, check_load
 from eplb_async.rank.stager import Stager
 from eplb_async.rank.streams import HostStream
 from eplb_async.rank.transfer.base import Transfer
-from eplb_async.rank.transfer.registry import open_transfer
-from eplb_async.rank.verification import ExpertFingerprints, slot_fingerprints
+from eplb_async.rank.verification import ExpertFingerprints
 from eplb_async.rank.weights import LayerTensors, WeightRows
 from eplb_async.shm.export import ExportInfo, RankExport
 from eplb_async.shm.launch import daemon_running, ensure_daemon
@@ -86,7 +86,7 @@ class Parts:
         """
         with contextlib.ExitStack() as last_first:
             last_first.callback(self.membership.leave)
-            last_first.callback(self.recorder.ring.close)
+            last_first.callback(self.recorder.close)
             last_first.callback(self.transfer.close)
             last_first.callback(self.reader.close)
 
@@ -104,6 +104,7 @@ def assemble(request: AttachRequest) -> Parts:
         raise PlacementError(f"a placement of {len(placement_LP)} layers was given; the spec has {spec.num_layers}")
     kind = check_load(request.load, spec, request.load_kind)
     rows = WeightRows(request.weights, spec)
+    platform = choose_platform(rows, request.load)
     directory = prepare_runtime_dir(settings.directory)
     info = GroupInfo(
         group=request.group,
@@ -115,11 +116,11 @@ def assemble(request: AttachRequest) -> Parts:
         tensors=rows.digest,
     )
     name = f"eplb-transfer-{request.group}-{request.rank}"
-    transfer = open_transfer(request.weights, rows, request.staging_rows, name)
+    transfer = platform.transfer(request.weights, rows, request.staging_rows, name)
     try:
         if request.daemon == "required" and not daemon_running(settings):
             raise DaemonUnavailable(str(directory))
-        joining = _Joining(request, info, placement_LP, kind, transfer)
+        joining = _Joining(request, info, placement_LP, kind, platform, transfer)
         return joining.join(directory)
     except BaseException:
         transfer.close()
@@ -130,16 +131,22 @@ class _Joining:
     """The part of attach that talks to other ranks."""
 
     def __init__(
-        self, request: AttachRequest, info: GroupInfo, placement_LP: IntArray, kind: LoadKind, transfer: Transfer
+        self,
+        request: AttachRequest,
+        info: GroupInfo,
+        placement_LP: IntArray,
+        kind: LoadKind,
+        platform: Platform,
+        transfer: Transfer,
     ) -> None:
         self._request, self._info, self._placement_LP = request, info, placement_LP
-        self._kind, self._transfer = kind, transfer
+        self._kind, self._platform, self._transfer = kind, platform, transfer
         self._ring: LoadRing
         verify = request.settings.hook.verify
         rows = transfer.weights
         # an empty array tells the others that this rank took none
         none = np.zeros((0, 0, 0), dtype=np.int64)
-        self._own = slot_fingerprints(rows, placement_LP, request.rank) if verify else none
+        self._own = platform.fingerprints(rows, placement_LP, request.rank) if verify else none
 
     def join(self, directory: Path) -> Parts:
         deadline_s = self._request.settings.hook.attach_deadline_s
@@ -153,10 +160,10 @@ class _Joining:
 
     def _parts(self, membership: Membership, fingerprints: ExpertFingerprints | None) -> Parts:
         request, info, settings = self._request, self._info, self._request.settings
-        maps = Maps(self._placement_LP, info.spec, request.load.device)
+        maps = self._platform.maps(self._placement_LP, info.spec)
         stager = Stager(self._transfer, settings.hook, fingerprints.of if fingerprints else lambda layer, expert: None)
         live = membership.live if request.rank == LIVE_WRITER else None
-        recorder = Recorder(request.load, self._ring)
+        recorder = self._platform.recorder(request.load, self._ring)
         reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
         return Parts(
             info=info,
@@ -170,7 +177,7 @@ class _Joining:
             committer=Committer(self._transfer, maps, stager, live),
             maps=maps,
             recorder=recorder,
-            capturing=torch.cuda.is_current_stream_capturing if request.load.is_cuda else _never,
+            capturing=self._platform.capturing,
         )
 
     def _publish(self, incarnation: int) -> list[Segment]:
@@ -220,7 +227,3 @@ class _Joining:
         fingerprints = np.array(export.fingerprints, dtype=np.int64)
         export.close()
         return fingerprints
-
-
-def _never() -> bool:
-    return False

@@ -40,11 +40,14 @@ class Maps:
         return self._snapshot
 
     def commit(self, entry: PreparedEntry, version: int) -> None:
-        """Rewrite the rows of one layer."""
+        """Rewrite the rows of one layer, or issue that on the compute stream."""
+        self._write(entry)
+        self.version_L[entry.layer] = version
+        self._rows_LP[entry.layer] = entry.slot_to_expert_P
+        self._snapshot = None
+
+    def _write(self, entry: PreparedEntry) -> None:
         layer = entry.layer
         self.slot_to_expert_LP[layer].copy_(entry.row_P)
         self.dispatch_table_LEK[layer].copy_(entry.table_EK)
         self.dispatch_count_LE[layer].copy_(entry.count_E)
-        self.version_L[layer] = version
-        self._rows_LP[layer] = entry.slot_to_expert_P
-        self._snapshot = None

@@ -15,14 +15,16 @@ def check_load(load: torch.Tensor, spec: MoESpec, kind: LoadKind | None) -> Load
     """What a load tensor counts.
 
     Raises:
-        SpecError: not int32, not contiguous, not on the CPU, or a shape that fits no reading (see core.load.load_kind).
+        SpecError: not int32, not contiguous, neither on the CPU nor on CUDA, or a shape that fits no reading (see core.load.load_kind).
     """
     if load.dtype != torch.int32 or not load.is_contiguous():
         raise SpecError(
             f"the load tensor is {load.dtype} with strides {list(load.stride())}; needed contiguous torch.int32"
         )
-    if load.device.type != "cpu":
-        raise SpecError(f"the load tensor is on {load.device}; this version records loads that are counted on the CPU")
+    if load.device.type not in ("cpu", "cuda"):
+        raise SpecError(
+            f"the load tensor is on {load.device}; loads can be recorded from the CPU and from CUDA devices"
+        )
     return load_kind(load.shape, spec, kind)
 
 
@@ -56,3 +58,7 @@ class Recorder:
     def discard(self, step: int, version: int) -> None:
         """The forward of a step failed: record that the step was made, without its load."""
         self.record(step, Phase.DUMMY, version, 0)
+
+    def close(self) -> None:
+        """Let go of the ring. Idempotent."""
+        self.ring.close()

@@ -73,6 +73,12 @@ class Stager:
         Args:
             all_committed: a packed counter that every rank is known to have committed.
         """
+        rows_before = self.rows_pulled
+        self._issue(all_committed)
+        if self.rows_pulled > rows_before:
+            self._transfer.flush()
+
+    def _issue(self, all_committed: int) -> None:
         copies, left = self._settings.copies_per_step, self._settings.pull_bytes_per_step
         spent = False
         while copies > 0 and self._plan is not None and self._open_entry(self._plan, all_committed):

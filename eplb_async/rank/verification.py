@@ -1,27 +1,41 @@
 """What every expert's bytes must look like: fingerprints of all ranks, by layer, expert and tensor, taken at attach."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from eplb_async.core.errors import SpecError
 from eplb_async.core.placement import EMPTY, IntArray
 from eplb_async.core.spec import MoESpec
-from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.weights import WeightRows
 
 __all__ = ["ExpertFingerprints", "slot_fingerprints"]
 
 
-def slot_fingerprints(weights: WeightRows, placement_LP: IntArray, rank: int) -> NDArray[np.int64]:
-    """Fingerprints of what is in this rank's slots, int64 [L, S, most tensors of a layer]; 0 for empty slots."""
+def slot_fingerprints(
+    weights: WeightRows,
+    placement_LP: IntArray,
+    rank: int,
+    compute: Callable[[Sequence[torch.Tensor]], Sequence[int]],
+) -> NDArray[np.int64]:
+    """Fingerprints of what is in this rank's slots, int64 [L, S, most tensors of a layer]; 0 for empty slots.
+
+    Args:
+        weights: of this rank.
+        placement_LP: where its slots hold what.
+        rank: this rank.
+        compute: fingerprints of pieces of memory, all of one layer at once.
+    """
     num_slots = weights.rows[0][0].shape[0]
     most = max(len(tensors) for tensors in weights.rows)
     result = np.zeros((len(weights.rows), num_slots, most), dtype=np.int64)
     for layer, tensors in enumerate(weights.rows):
-        for slot in np.flatnonzero(placement_LP[layer, rank * num_slots :][:num_slots] != EMPTY).tolist():
-            result[layer, slot, : len(tensors)] = [fingerprint(tensor[slot]) for tensor in tensors]
+        slots = np.flatnonzero(placement_LP[layer, rank * num_slots :][:num_slots] != EMPTY)
+        if len(slots):
+            found = compute([tensor[slot] for slot in slots.tolist() for tensor in tensors])
+            result[layer, slots, : len(tensors)] = np.reshape(found, (len(slots), len(tensors)))
     return result
 
 

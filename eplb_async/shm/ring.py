@@ -115,16 +115,37 @@ class LoadRing:
         Returns:
             Where to write the counts, int32 [L, width], until `publish`.
         """
-        self._atomics.store_then_fence(self._address + _RESERVED, self._written + 1)
-        place = self._written % self.info.num_records
-        self._fields[place] = (step, PHASES.index(phase), version, tokens)
-        counts: NDArray[np.int32] = self._counts[place]
+        counts: NDArray[np.int32] = self._counts[self._claim(step, phase, version, tokens)]
         return counts
 
     def publish(self) -> None:
         """Finish the record that `begin` claimed, once its counts are there."""
+        self._atomics.store_release(self.published_address, self.finish())
+
+    def claim(self, step: int, phase: Phase, version: int, tokens: int) -> int:
+        """As `begin`, for a device that writes the counts and publishes by itself: the address to write them to.
+
+        The record of `finish`, which must follow, is published when the number that it returns is at `published_address`. A
+        device may be behind by several records, if it publishes them in order.
+        """
+        place = self._claim(step, phase, version, tokens)
+        return self._address + _RECORDS + place * self.info.record_bytes + _COUNTS
+
+    def finish(self) -> int:
+        """The number to publish for the record that was claimed last."""
         self._written += 1
-        self._atomics.store_release(self._address + _PUBLISHED, self._written)
+        return self._written
+
+    @property
+    def published_address(self) -> int:
+        """Where the number of published records is, an aligned 64-bit word."""
+        return self._address + _PUBLISHED
+
+    def _claim(self, step: int, phase: Phase, version: int, tokens: int) -> int:
+        self._atomics.store_then_fence(self._address + _RESERVED, self._written + 1)
+        place = self._written % self.info.num_records
+        self._fields[place] = (step, PHASES.index(phase), version, tokens)
+        return place
 
     def read(self, most: int = 1 << 30) -> Batch:
         """All records since the last read, at most `most`. Only the daemon calls this; it never blocks the writer."""

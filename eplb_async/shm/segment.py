@@ -135,6 +135,11 @@ class Segment:
         return self._bytes[first : first + size].view(dtype).reshape(shape)
 
     @property
+    def pages(self) -> tuple[int, int]:
+        """(address, bytes) of the whole mapping, whole pages; for a driver that registers them."""
+        return self._header_address, -(-self.header.size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    @property
     def replaced(self) -> bool:
         """True if the name is gone or now belongs to another segment."""
         try:

@@ -23,7 +23,8 @@ class HeldTransfer(Transfer):
     name = "held"
 
     def __init__(self, weights: WeightRows, num_rows: int) -> None:
-        super().__init__(weights, num_rows, HostStream("held"))
+        super().__init__(weights, num_rows)
+        self.stream = HostStream("held")
         self.pulls: list[tuple[int, Pull, int, Completion[None]]] = []
         self.commits: list[tuple[int, list[tuple[int, int]], Completion[None]]] = []
 
@@ -38,6 +39,9 @@ class HeldTransfer(Transfer):
         """See Transfer."""
         self.pulls.append((layer, pull, row, Completion()))
         return self.pulls[-1][-1]
+
+    def flush(self) -> None:
+        """See Transfer."""
 
     def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
         """See Transfer."""

@@ -9,8 +9,9 @@ import torch
 
 from eplb_async.core.errors import DaemonUnavailable, PlacementError, SpecError, UnknownName
 from eplb_async.core.placement import initial_placement
-from eplb_async.rank import assembly, streams
+from eplb_async.rank import assembly, platform, streams
 from eplb_async.rank.hook import RankHook
+from eplb_async.rank.transfer.shm import ShmTransfer
 from tests.conftest import segments_left
 from tests.rank.harness import hook_settings, make_weights
 from tests.rank.solo import SOLO, attached
@@ -69,13 +70,14 @@ def test_whatever_fails_after_joining_the_group_is_left(
     group: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     """A rank that cannot build its parts is no member, and its segments are gone."""
-    original = getattr(assembly, part)
+    module = platform if part in ("Maps", "Recorder") else assembly
+    original = getattr(module, part)
 
     class Broken(original):  # type: ignore[misc,valid-type]
         def __init__(self, *arguments: object) -> None:
             raise MemoryError(part)
 
-    monkeypatch.setattr(assembly, part, Broken)
+    monkeypatch.setattr(module, part, Broken)
     with pytest.raises(MemoryError, match=part), attached(group, runtime_dir):
         pass
     assert not segments_left(group)
@@ -88,6 +90,7 @@ def test_detach_leaves_the_group_though_a_thread_hangs(
     gate = threading.Event()
     monkeypatch.setattr(streams, "CLOSE_DEADLINE_S", 0.05)
     with attached(group, runtime_dir) as (hook, _):
+        assert isinstance(hook._parts.transfer, ShmTransfer)
         stream = hook._parts.transfer.stream
         stream.submit(lambda: gate.wait(30.0))
         with pytest.raises(TimeoutError, match="eplb-transfer"):

@@ -27,6 +27,7 @@ import pytest
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.hook import RankHook
+from eplb_async.rank.transfer.shm import ShmTransfer
 from tests.model.trace_check import Verdict, check_traces
 from tests.rank.harness import Actor, RankGroup, hook_settings
 from tests.rank.publisher import Publisher, shuffled
@@ -78,7 +79,9 @@ def open_gate(actor: Actor) -> int:
     """Let pulls go on; the number of those whose source was overwritten meanwhile."""
     gate: Gate = vars(actor)["gate"]
     gate.opened.set()
-    stream = actor.hook._parts.transfer.stream
+    transfer = actor.hook._parts.transfer
+    assert isinstance(transfer, ShmTransfer)
+    stream = transfer.stream
     # a job behind them: it ends after they have
     end = stream.submit(lambda: None)
     while not end.done:

@@ -7,7 +7,8 @@ from eplb_async.core.errors import SpecError
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.fingerprint import fingerprint
-from eplb_async.rank.verification import ExpertFingerprints, slot_fingerprints
+from eplb_async.rank.platform import HostPlatform
+from eplb_async.rank.verification import ExpertFingerprints
 from eplb_async.rank.weights import WeightRows
 from tests.rank.harness import make_weights
 
@@ -19,7 +20,9 @@ def slots(
 ) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
     """Fingerprints of the slots of both ranks, [L, P, tensors]."""
     ranks = [WeightRows(make_weights(SPEC, placement_LP, rank), SPEC) for rank in range(2)]
-    return np.concatenate([slot_fingerprints(rows, placement_LP, rank) for rank, rows in enumerate(ranks)], axis=1)
+    return np.concatenate(
+        [HostPlatform().fingerprints(rows, placement_LP, rank) for rank, rows in enumerate(ranks)], axis=1
+    )
 
 
 def test_every_tensor_of_every_slot_has_one() -> None:

@@ -1,7 +1,7 @@
 """What every way of moving weights offers. One-sided: the destination reads the source's live slot by itself.
 
     attach   export() of every rank is put into shared memory; connect(peer, its export) on every rank
-    stage    pull(): live slot of any rank -> own staging row, on the transfer stream, beside the forward
+    stage    pull(), flush(): live slots of any rank -> own staging rows, beside the forward
     commit   commit(): own staging rows -> own live slots, between two forwards
     detach   close()
 
@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from eplb_async.rank.streams import Completion, Stream
+from eplb_async.core.errors import SpecError, TransferFailed
+from eplb_async.rank.streams import Completion
 from eplb_async.rank.weights import WeightRows
 
-__all__ = ["Pull", "StagingRows", "Transfer"]
+__all__ = ["Pull", "StagingRows", "Transfer", "other_bytes"]
 
 ALIGNMENT = 64
 
@@ -31,12 +32,24 @@ class Pull(NamedTuple):
     slot: int
 
 
+def other_bytes(layer: int, pull: Pull, tensor: int) -> TransferFailed:
+    """The error of a pull whose bytes are not those that the expert had at attach."""
+    return TransferFailed(
+        f"layer {layer} expert {pull.expert} tensor {tensor} from rank {pull.source_rank} slot {pull.source_slot}: "
+        "received bytes do not match the fingerprint taken at attach"
+    )
+
+
 class StagingRows:
     """Memory for incoming experts, one buffer of bytes, carved into rows that fit a slot of any layer.
 
     Attributes:
         num_rows: how many.
         num_bytes: of the whole buffer.
+        most_tensors: of a layer.
+
+    Raises:
+        SpecError: the device has no memory for it.
     """
 
     def __init__(self, weights: WeightRows, num_rows: int) -> None:
@@ -49,9 +62,16 @@ class StagingRows:
                 end = -(-(end + tensor.shape[1]) // ALIGNMENT) * ALIGNMENT
             self._offsets.append(places)
             row_bytes = max(row_bytes, end)
-        self.num_rows = num_rows
-        self._buffer = torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=weights.rows[0][0].device)
-        self.num_bytes = self._buffer.numel()
+        self.num_rows, self.num_bytes = num_rows, num_rows * row_bytes
+        self.most_tensors = max(len(places) for places in self._offsets)
+        device = weights.rows[0][0].device
+        try:
+            self._buffer = torch.empty((num_rows, row_bytes), dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise SpecError(
+                f"no memory on {device} for {num_rows} staging rows of {row_bytes:,} bytes, {self.num_bytes:,} in all; leave "
+                "more of it free for them (in vLLM: gpu_memory_utilization), or set hook.staging_rows to fewer"
+            ) from error
 
     def tensors(self, layer: int, row: int) -> list[torch.Tensor]:
         """The parts of a row for the tensors of a layer, uint8 each."""
@@ -66,13 +86,12 @@ class Transfer(ABC):
         name: in settings, logs and the registry.
         weights: of this rank.
         staging: its staging rows.
-        stream: on which pulls run.
     """
 
     name: str
 
-    def __init__(self, weights: WeightRows, num_rows: int, stream: Stream) -> None:
-        self.weights, self.stream = weights, stream
+    def __init__(self, weights: WeightRows, num_rows: int) -> None:
+        self.weights = weights
         self.staging = StagingRows(weights, num_rows)
 
     @abstractmethod
@@ -89,14 +108,22 @@ class Transfer(ABC):
 
     @abstractmethod
     def pull(self, layer: int, pull: Pull, row: int, fingerprints: Sequence[int] | None) -> Completion[None]:
-        """Copy a live slot into a staging row, on the stream, and compare it with its fingerprints if given.
+        """Copy a live slot into a staging row, beside the forward, and compare it with its fingerprints if given.
 
-        The completion's error is TransferFailed if the bytes could not be had or are not the expert's.
+        May wait for `flush` to begin. The completion's error is TransferFailed if the bytes could not be had or are not the
+        expert's.
         """
 
     @abstractmethod
+    def flush(self) -> None:
+        """Begin all pulls so far that have not begun; called once in a step that pulls."""
+
+    @abstractmethod
     def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
-        """Copy (staging row, own slot) pairs into the live slots, before the next forward reads them."""
+        """Copy (staging row, own slot) pairs into the live slots, before the next forward reads them.
+
+        On a device it is issued on the compute stream, behind what is there, and ends with all of that.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from eplb_async.core.errors import SegmentError, SpecError, TransferFailed
 from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.streams import Completion, Stream
-from eplb_async.rank.transfer.base import ALIGNMENT, Pull, Transfer
+from eplb_async.rank.transfer.base import ALIGNMENT, Pull, Transfer, other_bytes
 from eplb_async.rank.weights import LayerTensors, WeightRows, named_tensors
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
@@ -116,8 +116,8 @@ class ShmTransfer(Transfer):
     name = "shm"
 
     def __init__(self, weights: WeightRows, num_rows: int, stream: Stream, shared: SharedWeights) -> None:
-        super().__init__(weights, num_rows, stream)
-        self._shared = shared
+        super().__init__(weights, num_rows)
+        self.stream, self._shared = stream, shared
         self._peers: dict[int, list[list[torch.Tensor]]] = {}
         self._segments: list[Segment] = []
 
@@ -154,6 +154,9 @@ class ShmTransfer(Transfer):
         """See Transfer."""
         return self.stream.submit(lambda: self._pull_now(layer, pull, row, fingerprints))
 
+    def flush(self) -> None:
+        """See Transfer. Pulls begin at once."""
+
     def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
         """See Transfer. On the CPU the copies are done when this returns."""
         for row, slot in rows:
@@ -176,7 +179,4 @@ class ShmTransfer(Transfer):
         for index, (target, source) in enumerate(zip(staged, self._peers[pull.source_rank][layer], strict=True)):
             target.copy_(source[pull.source_slot])
             if fingerprints is not None and fingerprint(target) != fingerprints[index]:
-                raise TransferFailed(
-                    f"layer {layer} expert {pull.expert} tensor {index} from rank {pull.source_rank} slot {pull.source_slot}: "
-                    "received bytes do not match the fingerprint taken at attach"
-                )
+                raise other_bytes(layer, pull, index)

@@ -1,0 +1,48 @@
+"""Streams and events of a device, as the hook uses them."""
+
+import torch
+
+from eplb_async.rank.streams import Completion
+
+__all__ = ["ComputeStream", "EventCompletion"]
+
+
+class EventCompletion(Completion[None]):
+    """Ends when the device has passed an event that was recorded on a stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+        super().__init__()
+
+    @property
+    def done(self) -> bool:
+        """Asks the device; never waits."""
+        return bool(self._event.query())
+
+    @done.setter
+    def done(self, value: bool) -> None:
+        pass
+
+    def wait(self) -> None:
+        """Wait for the device; only when detaching."""
+        self._event.synchronize()
+
+
+class ComputeStream:
+    """The stream on which the engine runs its forwards: whichever is current when the hook is called.
+
+    An engine may change it between two steps; what the hook issued on the old one then comes first on the new one too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last = torch.cuda.current_stream(device)
+
+    def current(self) -> torch.cuda.Stream:
+        """The stream to issue on now."""
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._last:
+            stream.wait_stream(self._last)
+            self._last = stream
+        return stream
