@@ -7,6 +7,7 @@ Host: time of the calls, p50 over repetitions with an idle device. Device: time 
 Copies between GPUs need two; with one they are made inside it. This is where the choices in docs/gpu.md come from.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,13 @@ import torch
 import typer
 
 from benchmarks.reporting import Column, show_table, write_json
+from eplb_async.core.load import LoadKind, Phase
+from eplb_async.rank.cuda.commit_tables import CommitTables
 from eplb_async.rank.cuda.driver import CudaDriver, load_driver
+from eplb_async.rank.cuda.recorder import CudaRecorder
+from eplb_async.rank.cuda.streams import ComputeStream
+from eplb_async.rank.recorder import Recorder
+from eplb_async.shm.ring import LoadRing
 
 __all__ = ["main"]
 
@@ -80,6 +87,11 @@ class _Measure:
         def copy() -> None:
             driver.copy(to, source, 4 * words, handle)
 
+        ours = _recorder(load)
+
+        def record() -> None:
+            ours.record(0, Phase.DECODE, 0, 0)
+
         def with_flag() -> None:
             driver.copy(to, source, 4 * words, handle)
             driver.zero(source, words, handle)
@@ -102,13 +114,17 @@ class _Measure:
             EventCompletion(stream)
 
         named: dict[str, Callable[[], object]] = {
+            "record: one kernel into shared memory (ours)": record,
             "record: copy of the counts alone": copy,
-            "record: copy, zero, flag written by the stream (ours)": with_flag,
+            "record: copy, zero, flag written by the stream": with_flag,
             "record: copy, zero, event": with_event,
             "record: copy and zero on a second stream": beside,
             "record: torch copy_, zero_, event": torch_calls,
         }
-        return [self._row(what, call) for what, call in named.items()]
+        rows = [self._row(what, call) for what, call in named.items()]
+        ours.close()
+        ours.ring.segment.unlink()
+        return rows
 
     def pulls(self) -> list[Row]:
         """Three tensors of an expert from another GPU."""
@@ -141,9 +157,9 @@ class _Measure:
 
             few = max(5, self._number // 10)
             rows += [
-                self._row(f"pull {number} experts: a call per tensor", plain, total, few),
-                self._row(f"pull {number} experts: one batch (ours)", batched, total, few),
-                self._row(f"pull {number} experts: torch copy_", with_torch, total, few),
+                self._row(f"pull {number} expert(s): a call per tensor", plain, total, few),
+                self._row(f"pull {number} expert(s): one batch (ours)", batched, total, few),
+                self._row(f"pull {number} expert(s): torch copy_", with_torch, total, few),
             ]
         return rows
 
@@ -157,12 +173,17 @@ class _Measure:
             for copy in copies:
                 self._driver.copy(*copy, stream.cuda_stream)
 
+        size = self._bytes
+        live = [[(to.data_ptr(), size)]]
+        tables = CommitTables(live, [[[row.data_ptr()] for row in source]], [[size]])
+        pairs = [(row, row) for row in range(8)]
         return [
             self._row(
-                "commit 8 rows: a call per tensor (ours)",
-                one_by_one,
+                "commit 8 rows: one kernel (ours)",
+                lambda: tables.launch(0, pairs, [], stream.cuda_stream),
                 8 * self._bytes,
             ),
+            self._row("commit 8 rows: a call per tensor", one_by_one, 8 * self._bytes),
             self._row(
                 "commit 8 rows: one batch",
                 lambda: self._driver.copy_beside(copies, stream.cuda_stream),
@@ -176,12 +197,13 @@ class _Measure:
         from eplb_async.rank.cuda.fingerprint import DeviceFingerprints
 
         memory = torch.ones(4, self._bytes, dtype=torch.uint8, device=self._device)
+        stream = torch.cuda.current_stream().cuda_stream
         table = torch.tensor([(row.data_ptr(), row.numel()) for row in memory], device=self._device)
         results, kernel = torch.zeros(4, dtype=torch.int64, device=self._device), DeviceFingerprints(self._device)
         return [
             self._row(
-                f"fingerprints of 4 rows, {4 * programs} programs",
-                lambda programs=programs: kernel.add(table, results, programs),  # type: ignore[misc]
+                f"fingerprints of 4 rows: {4 * programs} programs",
+                lambda programs=programs: kernel.add(table, results, programs, stream),  # type: ignore[misc]
                 4 * self._bytes,
             )
             for programs in (1, 2, 4, 8, 16, 32, 64, 512)
@@ -238,6 +260,11 @@ class _Measure:
         part, _, what = what.partition(": ")
         row: Row = {"part": part, "what": what, "host_us": float(np.median(host)) / 1e3, "device_us": device_us}
         return row | ({"gb_s": num_bytes / device_us / 1e3} if num_bytes else {})
+
+
+def _recorder(load: torch.Tensor) -> CudaRecorder:
+    info = Recorder.ring_info(f"bench-{os.getpid()}", 0, load, LoadKind.LOGICAL, 256)
+    return CudaRecorder(load, LoadRing.create(info, 1), load_driver(), ComputeStream(load.device))
 
 
 def _captured(call: Callable[[], object]) -> Callable[[], object]:

@@ -182,10 +182,10 @@ class _Joining:
 
     def _publish(self, incarnation: int) -> list[Segment]:
         request, info = self._request, self._info
+        exported = ExportInfo(transfer=self._transfer.name, exported=self._transfer.export(), shape=self._own.shape)
         records = request.settings.hook.ring_records
         ring_info = Recorder.ring_info(info.group, request.rank, request.load, self._kind, records)
         self._ring = LoadRing.create(ring_info, incarnation)
-        exported = ExportInfo(transfer=self._transfer.name, exported=self._transfer.export(), shape=self._own.shape)
         try:
             export = RankExport.create(info.group, request.rank, incarnation, exported, self._own)
         except BaseException:

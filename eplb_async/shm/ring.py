@@ -120,7 +120,8 @@ class LoadRing:
 
     def publish(self) -> None:
         """Finish the record that `begin` claimed, once its counts are there."""
-        self._atomics.store_release(self.published_address, self.finish())
+        self.finish()
+        self.publish_finished()
 
     def claim(self, step: int, phase: Phase, version: int, tokens: int) -> int:
         """As `begin`, for a device that writes the counts and publishes by itself: the address to write them to.
@@ -135,6 +136,10 @@ class LoadRing:
         """The number to publish for the record that was claimed last."""
         self._written += 1
         return self._written
+
+    def publish_finished(self) -> None:
+        """Publish all finished records, on behalf of a device that has written them."""
+        self._atomics.store_release(self.published_address, self._written)
 
     @property
     def published_address(self) -> int:

@@ -32,7 +32,7 @@ def test_the_number_of_programs_does_not_matter(programs: int) -> None:
     memory = torch.arange(7 * BLOCK + 5, device="cuda").to(torch.uint8)
     pieces_N2 = torch.tensor([[memory.data_ptr(), memory.numel()]], device="cuda")
     result_N = torch.zeros(1, dtype=torch.int64, device="cuda")
-    DeviceFingerprints(memory.device).add(pieces_N2, result_N, programs)
+    DeviceFingerprints(memory.device).add(pieces_N2, result_N, programs, torch.cuda.current_stream().cuda_stream)
     assert result_N.tolist() == [fingerprint(memory.cpu())]
 
 

@@ -89,10 +89,11 @@ def test_corrupted_bytes_are_caught_and_dropped_everywhere(group: str, runtime_d
     """A source that changed since attach: the puller's fingerprint differs, all ranks drop the plan at one step."""
     with RankGroup(group, PAIR, hook_settings(runtime_dir), device="cuda") as ranks:
         ranks.attach()
-        ranks.ask(0, "call", corrupt, 0, 0)
+        # expert 2 has this replica only, so rank 1 has to pull it
+        ranks.ask(0, "call", corrupt, 0, 2)
         daemon = Publisher(group, PAIR)
         row_P, width = daemon.rows_LP[0].copy(), PAIR.slots_per_rank
-        row_P[[0, width]] = row_P[[width, 0]]
+        row_P[[2, width]] = row_P[[width, 2]]
         before = ranks.rows()
         daemon.post(daemon.plan([(0, row_P)]))
         ranks.step_until(daemon.done)

@@ -43,12 +43,9 @@ class BatchChecker:
 
     def launch(self, first: int, number: int) -> None:
         """Compute the fingerprints behind what is on the stream, and bring them to the host."""
-        with torch.cuda.stream(self._stream):
-            self._kernel.add(
-                self._device_tables_R[first, :number], self._sums_R[first, :number], -(-PROGRAMS // number)
-            )
-        target, source = self._results_R[first].data_ptr(), self._sums_R[first].data_ptr()
-        self._driver.copy(target, source, 8 * number, self._stream.cuda_stream)
+        stream = self._stream.cuda_stream
+        self._kernel.add(self._device_tables_R[first, :number], self._sums_R[first], -(-PROGRAMS // number), stream)
+        self._driver.copy(self._results_R[first].data_ptr(), self._sums_R[first].data_ptr(), 8 * number, stream)
 
     def results(self, first: int) -> list[int]:
         """The fingerprints of a batch that has ended, in the order of its pieces."""
