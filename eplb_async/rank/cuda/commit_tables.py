@@ -62,8 +62,9 @@ class CommitTables:
             table_N3[:number, 0] = targets_NT.reshape(-1)
             table_N3[:number, 1] = self._staged[layer][staged_N].reshape(-1)
             table_N3[:number, 2] = np.tile(sizes_T, len(rows))
-        table_N3[number : number + len(more)] = more
-        number += len(more)
+        if more:
+            table_N3[number : number + len(more)] = more
+            number += len(more)
         if number:
             programs = min(MOST_PROGRAMS, -(-PROGRAMS // number))
             self._launch((number, programs), stream, int(table_N3.ctypes.data))
