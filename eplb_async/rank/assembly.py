@@ -25,13 +25,14 @@ from eplb_async.rank.committer import Committer
 from eplb_async.rank.exchange import Exchange, SharedMemoryExchange
 from eplb_async.rank.maps import Maps
 from eplb_async.rank.membership import Membership
+from eplb_async.rank.pace import StepPace
 from eplb_async.rank.plan_reader import PlanReader
 from eplb_async.rank.platform import Platform, choose_platform
 from eplb_async.rank.recorder import Recorder, check_load
 from eplb_async.rank.stager import Stager
 from eplb_async.rank.streams import HostStream
 from eplb_async.rank.transfer.base import Transfer
-from eplb_async.rank.verification import ExpertFingerprints
+from eplb_async.rank.verification import ExpertFingerprints, SampledFingerprints
 from eplb_async.rank.weights import LayerTensors, WeightRows
 from eplb_async.shm.export import ExportInfo, RankExport
 from eplb_async.shm.launch import daemon_running, ensure_daemon
@@ -77,6 +78,7 @@ class Parts:
     maps: Maps
     recorder: Recorder
     capturing: Callable[[], bool]
+    pace: StepPace
 
     def close(self) -> None:
         """End the threads, then leave the group; that in any case, though a thread hangs.
@@ -142,7 +144,7 @@ class _Joining:
         self._request, self._info, self._placement_LP = request, info, placement_LP
         self._kind, self._platform, self._transfer = kind, platform, transfer
         self._ring: LoadRing
-        verify = request.settings.hook.verify
+        verify = request.settings.hook.verify != "off"
         rows = transfer.weights
         # an empty array tells the others that this rank took none
         none = np.zeros((0, 0, 0), dtype=np.int64)
@@ -161,7 +163,7 @@ class _Joining:
     def _parts(self, membership: Membership, fingerprints: ExpertFingerprints | None) -> Parts:
         request, info, settings = self._request, self._info, self._request.settings
         maps = self._platform.maps(self._placement_LP, info.spec)
-        stager = Stager(self._transfer, settings.hook, fingerprints.of if fingerprints else lambda layer, expert: None)
+        stager = Stager(self._transfer, settings.hook, self._expected(fingerprints))
         live = membership.live if request.rank == LIVE_WRITER else None
         recorder = self._platform.recorder(request.load, self._ring)
         reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
@@ -178,7 +180,14 @@ class _Joining:
             maps=maps,
             recorder=recorder,
             capturing=self._platform.capturing,
+            pace=StepPace(settings.hook.slow_step_ratio),
         )
+
+    def _expected(self, fingerprints: ExpertFingerprints | None) -> Callable[[int, int], Sequence[int] | None]:
+        """What the rows of an expert must look like; None for a row that is not compared."""
+        if fingerprints is None:
+            return lambda layer, expert: None
+        return fingerprints.of if self._request.settings.hook.verify == "all" else SampledFingerprints(fingerprints).of
 
     def _publish(self, incarnation: int) -> list[Segment]:
         request, info = self._request, self._info
@@ -211,7 +220,7 @@ class _Joining:
                 if not membership.words.ended:
                     raise
                 raise PeerLost(info.group, rank, 0, 0.0, "it left while this rank attached") from error
-        if not self._request.settings.hook.verify:
+        if self._request.settings.hook.verify == "off":
             return None
         return ExpertFingerprints(np.concatenate(collected, axis=1), self._placement_LP, info.spec)
 
@@ -221,8 +230,9 @@ class _Joining:
         if export.info.transfer != self._transfer.name:
             here = self._transfer.name
             raise TransferFailed(f"rank {rank} moves weights by {export.info.transfer}, this rank by {here}")
-        if self._request.settings.hook.verify and export.info.shape != self._own.shape:
-            raise SpecMismatch(group, [f"hook.verify is True here and False on rank {rank}"])
+        verify = self._request.settings.hook.verify
+        if verify != "off" and export.info.shape != self._own.shape:
+            raise SpecMismatch(group, [f"hook.verify is {verify} here and off on rank {rank}"])
         self._transfer.connect(rank, export.info.exported)
         fingerprints = np.array(export.fingerprints, dtype=np.int64)
         export.close()

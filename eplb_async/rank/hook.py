@@ -237,8 +237,10 @@ class RankHook:
             applied = clock()
             self._times[HookPhase.COMMIT].add(applied - agreed)
         self._adopt(words)
+        calm = parts.pace.step(self._phase, start)
         if self._plan is not None and not agreement.failed:
-            parts.stager.issue(words.committed)
+            if calm:
+                parts.stager.issue(words.committed)
             self._poll_staged()
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
