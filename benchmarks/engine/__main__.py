@@ -191,7 +191,7 @@ def main(
     num_ranks = ranks or (max(1, torch.cuda.device_count()) if cuda else 2)
     if cuda and num_ranks > torch.cuda.device_count():
         raise typer.BadParameter(f"{num_ranks} ranks need as many GPUs; there are {torch.cuda.device_count()}")
-    sizes: dict[str, int] = {
+    sizes: dict[str, Any] = {
         "num_layers": layers,
         "num_experts": experts,
         "num_redundant": redundant,
@@ -213,7 +213,9 @@ def main(
         kernels=_one_of(kernels, "triton", "torch"),  # type: ignore[arg-type]
         products=_one_of(products, "grouped", "triton"),  # type: ignore[arg-type]
     )
-    print(f"each rank: {config.weight_bytes / 1e9:.1f} GB of weights, about {config.activation_bytes / 1e9:.1f} GB for a step")
+    print(
+        f"each rank: {config.weight_bytes / 1e9:.1f} GB of weights, about {config.activation_bytes / 1e9:.1f} GB for a step"
+    )
     options = Options(
         modes=chosen,
         config=config,

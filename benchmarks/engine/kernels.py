@@ -122,10 +122,8 @@ def expert_rows(
     return grouped_product(active, weights["down"], pairs, products)
 
 
-def grouped_product(
-    rows: torch.Tensor, weights_SOI: torch.Tensor, pairs: LocalPairs, products: str
-) -> torch.Tensor:
-    """rows [Q, I] times the transpose of each slot's [O, I], rows grouped by `ends_S`: [Q, O].
+def grouped_product(rows: torch.Tensor, weights_SOI: torch.Tensor, pairs: LocalPairs, products: str) -> torch.Tensor:
+    """Rows [Q, I] times the transpose of each slot's [O, I], rows grouped by `ends_S`: [Q, O].
 
     The result of a row depends on the row and its expert alone: neither on its place in the group nor on the others. On CUDA the
     tile shape follows from Q and S, which do not change; on the CPU every product has BLOCK_ROWS rows.

@@ -49,6 +49,10 @@ WARM_UP_STEPS = 3
 DOWN_SCALE = 2.0
 """Makes a layer add about 0.4 of the size of an embedding, so that the experts decide the next token."""
 
+# newer versions of torch renamed them
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Maps(Protocol):
     """What the engine reads of a hook; `eplb_async.rank.maps.Maps` has it too."""
@@ -156,7 +160,7 @@ class Engine:
                 self.run_step(self._first)
             self.reset()
             return
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call, unused-ignore]
         self._ids_LMK.copy_(self.ids_of(self._first))
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -219,14 +223,14 @@ class Engine:
         if self.config.num_ranks == 1:
             return rows_ND
         result_MD = rows_ND.new_empty((self.config.num_tokens, rows_ND.shape[1]))
-        dist.all_gather_into_tensor(result_MD, rows_ND)
+        _ALL_GATHER(result_MD, rows_ND)
         return result_MD
 
     def _scatter(self, rows_QD: torch.Tensor) -> torch.Tensor:
         if self.config.num_ranks == 1:
             return rows_QD
         own_QD = rows_QD.new_empty((len(rows_QD) // self.config.num_ranks, rows_QD.shape[1]))
-        dist.reduce_scatter_tensor(own_QD, rows_QD)
+        _REDUCE_SCATTER(own_QD, rows_QD)
         return own_QD
 
     def _load_weights(self) -> list[dict[str, torch.Tensor]]:

@@ -18,9 +18,9 @@ def plot_runs(path: Path, runs: dict[str, RunFiles], skip: int) -> bool:
     except ImportError:
         return False
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(12, 7))
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(12, 7))
     for index, (mode, run) in enumerate(runs.items()):
         colour = f"C{index}"
         step_ms, balance = run.step_ms_RT.max(axis=0)[skip:], par_per_step(run)[skip:]
@@ -39,5 +39,5 @@ def plot_runs(path: Path, runs: dict[str, RunFiles], skip: int) -> bool:
     below.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    plt.close(figure)
     return True

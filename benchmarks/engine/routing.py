@@ -44,7 +44,9 @@ def load_shares(config: EngineConfig) -> NDArray[np.float64]:
             raise ValueError(f"{config.trace} has no array `counts`")
         counts_TLE = np.asarray(file["counts"], dtype=np.float64)
     if counts_TLE.ndim != 3 or counts_TLE.shape[2] != experts:
-        raise ValueError(f"{config.trace} has counts {list(counts_TLE.shape)}; needed [T, L, {experts}] (set --experts)")
+        raise ValueError(
+            f"{config.trace} has counts {list(counts_TLE.shape)}; needed [T, L, {experts}] (set --experts)"
+        )
     recorded = counts_TLE.shape[1]
     chosen = np.arange(layers) * recorded // layers if layers <= recorded else np.arange(layers) % recorded
     counts_TLE = counts_TLE[:, chosen]
@@ -73,7 +75,7 @@ def shares_at(shares_TLE: NDArray[np.float64], step: int, config: EngineConfig) 
     window, inside = divmod(step, config.steps_per_window)
     now_LE = shares_TLE[window % windows]
     if config.drift == "switched":
-        return now_LE
+        return np.asarray(now_LE)
     part = inside / config.steps_per_window
     return np.asarray((1 - part) * now_LE + part * shares_TLE[(window + 1) % windows])
 
@@ -171,7 +173,8 @@ class Routing:
         """Ids [L, M, k] that give each slot of the initial placement the same number of pairs, up to one per rank.
 
         Slots are gone through rank by rank: (rank i % R, slot i // R), in even and in odd tokens by themselves, because the
-        dispatch table sends those to different replicas of an expert that has two. The same in every layer.
+        dispatch table sends those to different replicas of an expert that has two; the ones that get one more than others are
+        slots of experts that have one, where there are enough. The same in every layer.
 
         Raises:
             ValueError: a token would get an expert twice; more experts, or another number of redundant slots, help.
@@ -179,7 +182,8 @@ class Routing:
         config, spec = self.config, self.config.spec
         row_P = initial_placement(spec)[0]
         token, place = np.meshgrid(np.arange(config.num_tokens), np.arange(config.top_k), indexing="ij")
-        index = ((token // 2) * config.top_k + place) % spec.num_slots
+        first = spec.num_ranks * min(config.num_redundant, spec.slots_per_rank)
+        index = (first + (token // 2) * config.top_k + place) % spec.num_slots
         slot = (index % spec.num_ranks) * spec.slots_per_rank + index // spec.num_ranks
         ids_MK = row_P[slot]
         ordered = np.sort(ids_MK, axis=1)

@@ -108,7 +108,7 @@ class StepClock:
 
     def _mark(self) -> None:
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call, unused-ignore]
             event.record()
             self._marks.append(event)
         else:

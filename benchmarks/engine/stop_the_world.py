@@ -50,7 +50,10 @@ class StopTheWorld:
     ) -> None:
         """Compiles the policy and connects the ranks. All ranks must call it at once."""
         self._engine, self._maps = engine, maps
-        self._policy, self._options = policy, {"strict": True} if options is None and policy == "default" else options or {}
+        self._policy, self._options = (
+            policy,
+            {"strict": True} if options is None and policy == "default" else options or {},
+        )
         self._placement_LP = maps.slot_to_expert_LP.cpu().numpy().astype(np.int32)
         self._state = b""
         load_policy(policy).warm_up()
@@ -58,6 +61,7 @@ class StopTheWorld:
         if self._group is not None:
             # the first call of a group must be made by all its ranks; sends and receives may not be
             dist.all_reduce(torch.zeros(1, device=engine.device), group=self._group)
+            self._connect(self._group)
         self.history: list[Rebalance] = []
 
     def rebalance(self, step: int) -> Rebalance:
@@ -95,6 +99,18 @@ class StopTheWorld:
         )
         self.history.append(done)
         return done
+
+    def _connect(self, group: dist.ProcessGroup) -> None:
+        """Send a number to every rank, so that the first rebalance does not pay for connections."""
+        device, rank = self._engine.device, self._engine.rank
+        peers = [peer for peer in range(self._engine.config.num_ranks) if peer != rank]
+        sent, received = torch.zeros(1, device=device), [torch.zeros(1, device=device) for _ in peers]
+        operations = [dist.P2POp(dist.isend, sent, peer, group) for peer in peers]
+        operations += [
+            dist.P2POp(dist.irecv, buffer, peer, group) for buffer, peer in zip(received, peers, strict=True)
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
 
     def _exchange(self, layer: int, moves: NDArray[np.int32]) -> int:
         """Fill the slots of one layer; returns the bytes received. Peers post in the order of the moves, so they match."""

@@ -17,9 +17,9 @@ PROGRAMS_PER_SM = 8
 MAX_BLOCK = 2048
 
 
-# mypy: triton has no types here
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _gather(source, order, num_rows, target, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+# size: the arguments of a kernel
+@triton.jit
+def _gather(source, order, num_rows, target, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """target[row] = source[order[row] // TOP_K] for row < num_rows."""
     end = tl.load(num_rows)
     columns = tl.arange(0, BLOCK)
@@ -32,8 +32,8 @@ def _gather(source, order, num_rows, target, TOP_K: tl.constexpr, D: tl.constexp
             tl.store(target + to + start + columns, value, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _silu_mul(source, num_rows, target, F: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _silu_mul(source, num_rows, target, F: tl.constexpr, BLOCK: tl.constexpr):
     """target[row] = silu(source[row, :F]) * source[row, F:] for row < num_rows."""
     end = tl.load(num_rows)
     columns = tl.arange(0, BLOCK)
@@ -47,8 +47,9 @@ def _silu_mul(source, num_rows, target, F: tl.constexpr, BLOCK: tl.constexpr):  
             tl.store(target + at + start + columns, value.to(target.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _expand(source, place, num_rows, target, num_pairs, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+# size: the arguments of a kernel
+@triton.jit
+def _expand(source, place, num_rows, target, num_pairs, D: tl.constexpr, BLOCK: tl.constexpr):
     """target[pair] = source[place[pair]] where place[pair] < num_rows, else zeros, for all pairs."""
     local = tl.load(num_rows)
     columns = tl.arange(0, BLOCK)
@@ -61,8 +62,9 @@ def _expand(source, place, num_rows, target, num_pairs, D: tl.constexpr, BLOCK: 
             tl.store(target + to + start + columns, value, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _combine(hidden, rows, gates, target, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+# size: the arguments of a kernel
+@triton.jit
+def _combine(hidden, rows, gates, target, TOP_K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """target[n] = hidden[n] + sum over k of gates[n, k] * rows[n, k], in the order of k; one program per (n, block)."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,17 +78,18 @@ def _combine(hidden, rows, gates, target, TOP_K: tl.constexpr, D: tl.constexpr, 
     tl.store(target + token * D + columns, before + total, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _product(  # type: ignore[no-untyped-def] # size: a kernel's arguments
-    rows, weights, ends, target, num_slots, O: tl.constexpr, I: tl.constexpr,
+# size: the arguments of a kernel
+@triton.jit
+def _product(
+    rows, weights, ends, target, num_slots, OUT: tl.constexpr, IN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """target[row] = weights[slot of row] @ rows[row]. Tiles of all slots are shared among the programs."""
-    columns_of_tiles = tl.cdiv(O, BLOCK_N)
+    columns_of_tiles = tl.cdiv(OUT, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
     first_row = 0
     first_tile = 0
-    for slot in range(0, num_slots):
+    for slot in range(num_slots):
         end_row = tl.load(ends + slot)
         tiles = tl.cdiv(end_row - first_row, BLOCK_M) * columns_of_tiles
         # the first tile of this program that is not before first_tile
@@ -96,20 +99,20 @@ def _product(  # type: ignore[no-untyped-def] # size: a kernel's arguments
             row = (first_row + (tile // columns_of_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
             column = (tile % columns_of_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
             total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            matrix = weights + tl.cast(slot, tl.int64) * O * I
-            for start in range(0, I, BLOCK_K):
+            matrix = weights + tl.cast(slot, tl.int64) * OUT * IN
+            for start in range(0, IN, BLOCK_K):
                 left = tl.load(
-                    rows + row[:, None] * I + start + inner[None, :],
-                    mask=(row[:, None] < end_row) & (start + inner[None, :] < I), other=0.0,
+                    rows + row[:, None] * IN + start + inner[None, :],
+                    mask=(row[:, None] < end_row) & (start + inner[None, :] < IN), other=0.0,
                 )  # fmt: skip
                 right = tl.load(
-                    matrix + column[None, :] * I + start + inner[:, None],
-                    mask=(column[None, :] < O) & (start + inner[:, None] < I), other=0.0,
+                    matrix + column[None, :] * IN + start + inner[:, None],
+                    mask=(column[None, :] < OUT) & (start + inner[:, None] < IN), other=0.0,
                 )  # fmt: skip
                 total = tl.dot(left, right, total)
             tl.store(
-                target + row[:, None] * O + column[None, :], total.to(target.dtype.element_ty),
-                mask=(row[:, None] < end_row) & (column[None, :] < O),
+                target + row[:, None] * OUT + column[None, :], total.to(target.dtype.element_ty),
+                mask=(row[:, None] < end_row) & (column[None, :] < OUT),
             )  # fmt: skip
         first_tile += tiles
         first_row = end_row
@@ -134,9 +137,7 @@ def silu_mul(gate_up: torch.Tensor, num_rows: torch.Tensor, result: torch.Tensor
 def expand(rows_QD: torch.Tensor, place_Q: torch.Tensor, num_rows: torch.Tensor, result_QD: torch.Tensor) -> None:
     """See kernels.expand_rows."""
     pairs, width = result_QD.shape
-    _expand[(_programs(rows_QD, pairs),)](
-        rows_QD, place_Q, num_rows, result_QD, pairs, D=width, BLOCK=_block(width)
-    )
+    _expand[(_programs(rows_QD, pairs),)](rows_QD, place_Q, num_rows, result_QD, pairs, D=width, BLOCK=_block(width))
 
 
 def combine(hidden_ND: torch.Tensor, rows_NKD: torch.Tensor, gates_NK: torch.Tensor, result_ND: torch.Tensor) -> None:
@@ -155,7 +156,16 @@ def product(rows: torch.Tensor, weights_SOI: torch.Tensor, ends_S: torch.Tensor,
     blocks: dict[str, Any] = {"BLOCK_M": 128 if large else 64, "BLOCK_N": 128, "BLOCK_K": 64}
     tiles = triton.cdiv(len(rows), blocks["BLOCK_M"]) * triton.cdiv(outputs, blocks["BLOCK_N"])
     _product[(min(_programs(rows, tiles, 1), tiles),)](
-        rows, weights_SOI, ends_S, result, slots, O=outputs, I=inputs, **blocks, num_warps=8 if large else 4, num_stages=3
+        rows,
+        weights_SOI,
+        ends_S,
+        result,
+        slots,
+        OUT=outputs,
+        IN=inputs,
+        **blocks,
+        num_warps=8 if large else 4,
+        num_stages=3,
     )
 
 
