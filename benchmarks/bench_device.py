@@ -175,7 +175,7 @@ class _Measure:
 
         size = self._bytes
         live = [[(to.data_ptr(), size)]]
-        tables = CommitTables(live, [[[row.data_ptr()] for row in source]], [[size]])
+        tables = CommitTables(self._driver, live, [[[row.data_ptr()] for row in source]], [[size]])
         pairs = [(row, row) for row in range(8)]
         return [
             self._row(
@@ -199,7 +199,10 @@ class _Measure:
         memory = torch.ones(4, self._bytes, dtype=torch.uint8, device=self._device)
         stream = torch.cuda.current_stream().cuda_stream
         table = torch.tensor([(row.data_ptr(), row.numel()) for row in memory], device=self._device)
-        results, kernel = torch.zeros(4, dtype=torch.int64, device=self._device), DeviceFingerprints(self._device)
+        results, kernel = (
+            torch.zeros(4, dtype=torch.int64, device=self._device),
+            DeviceFingerprints(self._device, self._driver),
+        )
         return [
             self._row(
                 f"fingerprints of 4 rows: {4 * programs} programs",

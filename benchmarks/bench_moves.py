@@ -158,11 +158,11 @@ class Rank:
             torch.cuda.synchronize()
             dist.barrier()
             torch.cuda.synchronize()
-            begin.record(transfer.stream)
             pulls = [
                 transfer.pull(0, Pull(expert, peer, slot, slot), slot, expected[slot] if expected else None)
                 for slot, expert in enumerate(self._experts_of(peer, rows))
             ]
+            begin.record(transfer.stream)
             transfer.flush()
             end.record(transfer.stream)
             torch.cuda.synchronize()

@@ -20,6 +20,8 @@ class HookPhase(Enum):
     ISSUE = "issue"
     RECORD = "record"
 
+    __hash__ = object.__hash__  # see Phase
+
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Host time of one phase in microseconds: percentiles over the newest steps that ran it, maximum since attach."""

@@ -14,6 +14,7 @@ Without `reserved` a reader could not know that a record it copied was being ove
 of before, it would come too late. What the reader finds overwritten is counted as lost.
 """
 
+import struct
 from dataclasses import dataclass
 
 import msgspec
@@ -31,6 +32,8 @@ LAYOUT = "ring: reserved 64, published 64, taken 64; record step phase version t
 _RESERVED, _PUBLISHED, _TAKEN, _RECORDS = 0, 64, 128, 192
 _COUNTS = 64
 PHASES = tuple(Phase)
+_PHASE_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
+_FIELDS = struct.Struct("=4q")
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +80,7 @@ class LoadRing:
         size = info.record_bytes
         self._bytes: NDArray[np.generic] = segment.array(np.uint8, (info.num_records, size), _RECORDS)
         self._fields = self._bytes[:, :32].view(np.int64)
+        self._memory = memoryview(self._bytes.reshape(-1))  # type: ignore[arg-type]
         last = _COUNTS + 4 * info.num_layers * info.width
         counts = self._bytes[:, _COUNTS:last].view(np.int32)
         self._counts = counts.reshape(info.num_records, info.num_layers, info.width)
@@ -149,7 +153,7 @@ class LoadRing:
     def _claim(self, step: int, phase: Phase, version: int, tokens: int) -> int:
         self._atomics.store_then_fence(self._address + _RESERVED, self._written + 1)
         place = self._written % self.info.num_records
-        self._fields[place] = (step, PHASES.index(phase), version, tokens)
+        _FIELDS.pack_into(self._memory, place * self.info.record_bytes, step, _PHASE_NUMBERS[phase], version, tokens)
         return place
 
     def read(self, most: int = 1 << 30) -> Batch:
@@ -171,6 +175,6 @@ class LoadRing:
     def close(self) -> None:
         """Drop the mapping."""
         self._atomics = CLOSED
-        self._bytes = np.empty(0, dtype=np.uint8)
+        self._bytes, self._memory = np.empty(0, dtype=np.uint8), memoryview(b"")
         self._fields, self._counts = np.empty(0, dtype=np.int64), np.empty((0, 0, 0), dtype=np.int32)
         self.segment.close()

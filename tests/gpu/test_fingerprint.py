@@ -27,12 +27,15 @@ def test_device_and_cpu_agree(offset: int) -> None:
 @pytest.mark.parametrize("programs", [1, 3, 64])
 def test_the_number_of_programs_does_not_matter(programs: int) -> None:
     """Blocks are summed in any order."""
+    from eplb_async.rank.cuda.driver import load_driver
     from eplb_async.rank.cuda.fingerprint import DeviceFingerprints
 
     memory = torch.arange(7 * BLOCK + 5, device="cuda").to(torch.uint8)
     pieces_N2 = torch.tensor([[memory.data_ptr(), memory.numel()]], device="cuda")
     result_N = torch.zeros(1, dtype=torch.int64, device="cuda")
-    DeviceFingerprints(memory.device).add(pieces_N2, result_N, programs, torch.cuda.current_stream().cuda_stream)
+    DeviceFingerprints(memory.device, load_driver()).add(
+        pieces_N2, result_N, programs, torch.cuda.current_stream().cuda_stream
+    )
     assert result_N.tolist() == [fingerprint(memory.cpu())]
 
 

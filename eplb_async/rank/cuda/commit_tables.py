@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eplb_async.rank.cuda.driver import CudaDriver
 from eplb_async.rank.cuda.kernels.copying import copy_pieces_kernel
 from eplb_async.rank.cuda.launch import Launcher
 from eplb_async.rank.transfer.base import Copy
@@ -31,6 +32,7 @@ class CommitTables:
 
     def __init__(
         self,
+        driver: CudaDriver,
         live: Sequence[Sequence[tuple[int, int]]],
         staged: Sequence[Sequence[Sequence[int]]],
         sizes: Sequence[Sequence[int]],
@@ -38,6 +40,7 @@ class CommitTables:
         """Compiles the kernel.
 
         Args:
+            driver: of this process.
             live: per layer and tensor, address of slot 0 and distance of slots in bytes.
             staged: per layer, staging row and tensor, its address.
             sizes: per layer and tensor, bytes of a slot.
@@ -50,7 +53,7 @@ class CommitTables:
         most = max(len(rows) * len(rows[0]) for rows in staged) + MAP_ROWS
         self._pinned_LN3 = torch.empty((len(live), most, 3), dtype=torch.int64, pin_memory=True)
         self._tables: list[NDArray[np.int64]] = [table.numpy() for table in self._pinned_LN3]
-        self._launch = Launcher(copy_pieces_kernel, 1, (BLOCK,))
+        self._launch = Launcher(driver, copy_pieces_kernel, 1, (BLOCK,))
 
     def launch(self, layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy], stream: int) -> None:
         """Copy (staging row, own slot) pairs of a layer, and `more`."""

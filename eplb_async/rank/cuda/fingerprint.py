@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from eplb_async.rank.cuda.driver import CudaDriver, load_driver
 from eplb_async.rank.cuda.kernels.fingerprints import fingerprint_pieces_kernel
 from eplb_async.rank.cuda.launch import Launcher
 from eplb_async.rank.fingerprint import BLOCK_WORDS, MULTIPLIER, coefficients
@@ -43,11 +44,11 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 class DeviceFingerprints:
     """Launches the kernel on one device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, driver: CudaDriver) -> None:
         """Compiles it, with that device current."""
         self._coefficients, self._powers = _tables(device)
         self._tables = self._coefficients.data_ptr(), self._powers.data_ptr()
-        self._launch = Launcher(fingerprint_pieces_kernel, 4, (BLOCK_WORDS, STEP_WORDS))
+        self._launch = Launcher(driver, fingerprint_pieces_kernel, 4, (BLOCK_WORDS, STEP_WORDS))
 
     def add(self, pieces_N2: torch.Tensor, results_N: torch.Tensor, programs: int, stream: int) -> None:
         """Add each piece's fingerprint to its result.
@@ -65,7 +66,7 @@ class DeviceFingerprints:
 @functools.cache
 def _on(device: torch.device) -> DeviceFingerprints:
     with torch.cuda.device(device):
-        return DeviceFingerprints(device)
+        return DeviceFingerprints(device, load_driver())
 
 
 def fingerprint_pieces(pieces: Sequence[torch.Tensor]) -> list[int]:

@@ -42,7 +42,7 @@ class CudaRecorder(Recorder):
         self._grid = (-(-self._words // BLOCK), 1)
         fours = self._words % 4 == 0
         self._count, self._zero = (
-            Launcher(record_kernel, 5, (counts, fours, BLOCK), num_warps=4) for counts in (True, False)
+            Launcher(driver, record_kernel, 5, (counts, fours, BLOCK), num_warps=4) for counts in (True, False)
         )
         self._first, size = ring.segment.pages
         driver.register(self._first, size)
@@ -50,7 +50,7 @@ class CudaRecorder(Recorder):
 
     def record(self, step: int, phase: Phase, version: int, tokens: int) -> None:
         """See Recorder. Issued on the current stream, behind the forward that counted."""
-        ring, stream = self.ring, self._compute.current().cuda_stream
+        ring, stream = self.ring, self._compute.handle()
         target = ring.claim(step, phase, version, tokens)
         launch = self._count if phase.counts else self._zero
         launch(self._grid, stream, self._address, target, ring.published_address, ring.finish() - 1, self._words)

@@ -121,7 +121,7 @@ class CudaIpcTransfer(Transfer):
             [[part.data_ptr() for part in self.staging.tensors(layer, row)] for row in range(num_rows)]
             for layer in range(len(weights.rows))
         ]
-        self._commits = CommitTables(self._own, self._staged, self._sizes)
+        self._commits = CommitTables(driver, self._own, self._staged, self._sizes)
         self._peers: dict[int, list[list[Rows]]] = {}
         self._opened: dict[bytes, int] = {}
         self._batch = _Batch()
