@@ -3,6 +3,8 @@
     one step        publish own word -> read all words of step s - lag -> commit or drop what they say
                     -> look at the board, adopt a plan -> issue copies -> [the forward] -> record its load
 
+In most steps nothing happens: no plan is held, and all words are what they were. Such a step is one call into compiled code.
+
 Nothing in it waits for the daemon. It waits for another rank only if that rank's word of `lag` steps ago is not there.
 """
 
@@ -49,6 +51,8 @@ class RankHook:
     """
 
     agreement_class = Agreement
+    may_repeat = True
+    """Take the short way through steps in which nothing happens; tests that watch every word do not."""
 
     def __init__(self, parts: Parts) -> None:
         """Use `attach`."""
@@ -61,6 +65,7 @@ class RankHook:
         self._plan: PreparedPlan | None = None
         self._plan_step, self._plan_since_s = 0, 0.0
         self._step, self._running = 0, False
+        self._quiet, self._last_word = False, (0, 0, 0, 0)
         self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
         self._closed = ""
         self._context = _StepContext(self)
@@ -171,7 +176,10 @@ class RankHook:
             )
         self._phase, self._tokens = _phase(phase), num_tokens
         try:
-            self._advance()
+            if not self._quiet:
+                self._advance(published=False)
+            elif not self._repeat():
+                self._advance(published=True)
         except BaseException as error:
             # the word of this step may be out and half of it done: a second try could decide it twice
             self._closed = str(error) or type(error).__name__
@@ -222,13 +230,31 @@ class RankHook:
     ) -> None:
         self.detach()
 
-    def _advance(self) -> None:
-        """One step of the protocol; tests/model/agreement_model.py says the same in `publish_word` and `act`."""
+    def _repeat(self) -> bool:
+        """A step with the same word as before; false if there is more to do, which `_advance` does.
+
+        With no plan, and `staged` and `committed` of all ranks equal to `decided`, words decide nothing.
+        """
+        parts, start = self._parts, time.perf_counter_ns()
+        if not parts.exchange.repeat(self._step, self._step - parts.info.lag):
+            return False
+        if not parts.reader.idle or parts.membership.board.abort >= self._agreement.generation:
+            return False
+        self._times[HookPhase.AGREE].add(time.perf_counter_ns() - start)
+        return True
+
+    def _advance(self, published: bool) -> None:
+        """One step of the protocol; tests/model/agreement_model.py says the same in `publish_word` and `act`.
+
+        `published`: the word of this step is out already, and was the one before.
+        """
         parts, agreement, clock = self._parts, self._agreement, time.perf_counter_ns
         start = clock()
         self._poll()
         polled = clock()
-        parts.exchange.publish(self._step, agreement.word())
+        word = self._last_word if published else agreement.word()
+        if not published:
+            parts.exchange.publish(self._step, word)
         words = parts.exchange.collect(self._step - parts.info.lag)
         decision = agreement.decide(words)
         agreed = applied = clock()
@@ -237,14 +263,26 @@ class RankHook:
             applied = clock()
             self._times[HookPhase.COMMIT].add(applied - agreed)
         self._adopt(words)
-        calm = parts.pace.step(self._phase, start)
         if self._plan is not None and not agreement.failed:
-            if calm:
+            if parts.pace.step(self._phase, start):
                 parts.stager.issue(words.committed)
             self._poll_staged()
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
         self._times[HookPhase.AGREE].add(agreed - polled)
+        self._last_word, self._quiet = word, self.may_repeat and self._is_quiet(word)
+
+    def _is_quiet(self, word: tuple[int, int, int, int]) -> bool:
+        """Nothing is going on here, and the others have been told so."""
+        agreement = self._agreement
+        counters = agreement.staged == agreement.committed == agreement.decided
+        return (
+            self._plan is None
+            and counters
+            and not agreement.failed
+            and self._parts.stager.idle
+            and agreement.word() == word
+        )
 
     def _poll(self) -> None:
         """Find out what the device has finished, and whether the active plan must be given up."""
@@ -312,6 +350,7 @@ class RankHook:
                 self._fail(generation, found.why)
                 return
             agreement.adopt(found)
+            parts.pace.pause()
             parts.stager.start(found)
             self._plan, self._plan_step, self._plan_since_s = found, self._step, time.monotonic()
             self._num_plans += 1

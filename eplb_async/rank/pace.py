@@ -18,6 +18,10 @@ class StepPace:
         self._phase: Phase | None = None
         self._start_ns = 0
 
+    def pause(self) -> None:
+        """Steps are not told of for a while; the next one has none before it."""
+        self._phase = None
+
     def step(self, phase: Phase, now_ns: int) -> bool:
         """A step begins; false if the one before it, which has just ended, was slow.
 

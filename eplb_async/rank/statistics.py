@@ -43,7 +43,8 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
         staging_bytes: memory for staging rows.
         draining: pulls of a dropped plan still run; the next plan waits for them on all ranks.
         last_error: why this rank last asked for a drop, or "".
-        times: per phase of the hook; COMMIT only over steps that committed or dropped something.
+        times: per phase of the hook; COMMIT only over steps that committed or dropped something, POLL and ISSUE only over those in
+            which anything was to be done.
     """
 
     step: int

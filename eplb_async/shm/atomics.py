@@ -177,6 +177,30 @@ define i64 @reduce_step(i64 %block) {
   %missing = call i64 @reduce_words(i64 %first, i64 %ranks, i64 %stride, i64 %step, i64 %out)
   ret i64 %missing
 }
+; Both, and whether every rank said in the reduced step what this one has just published. 1: yes. 0: no, or a word is missing.
+define i64 @repeat_step(i64 %block) {
+  call void @publish_step(i64 %block)
+  %missing = call i64 @reduce_step(i64 %block)
+  %whole = icmp eq i64 %missing, -1
+  %same0 = call i1 @equal_fields(i64 %block, i64 4, i64 12)
+  %same1 = call i1 @equal_fields(i64 %block, i64 5, i64 13)
+  %same2 = call i1 @equal_fields(i64 %block, i64 6, i64 14)
+  %same3 = call i1 @equal_fields(i64 %block, i64 7, i64 15)
+  %same4 = call i1 @equal_fields(i64 %block, i64 7, i64 16)
+  %a = and i1 %whole, %same0
+  %b = and i1 %same1, %same2
+  %c = and i1 %same3, %same4
+  %d = and i1 %a, %b
+  %e = and i1 %c, %d
+  %result = zext i1 %e to i64
+  ret i64 %result
+}
+define private i1 @equal_fields(i64 %block, i64 %one, i64 %two) alwaysinline {
+  %a = call i64 @field(i64 %block, i64 %one)
+  %b = call i64 @field(i64 %block, i64 %two)
+  %same = icmp eq i64 %a, %b
+  ret i1 %same
+}
 """
 
 
@@ -192,6 +216,7 @@ class Atomics(NamedTuple):
         reduce_words: (first record, ranks, stride in bytes, step, address of five int64 for the result) -> -1, or the
             first rank whose record is not of that step, with the step found in the first of the five.
         publish_step, reduce_step: the two above for one step of one rank, arguments in a block (see the source).
+        repeat_step: both of them -> 1 if all words of the reduced step equal the one just published.
     """
 
     load_acquire: Callable[[int], int]
@@ -202,6 +227,7 @@ class Atomics(NamedTuple):
     reduce_words: Callable[[int, int, int, int, int], int]
     publish_step: Callable[[int], None]
     reduce_step: Callable[[int], int]
+    repeat_step: Callable[[int], int]
 
 
 def _closed(*_: int) -> NoReturn:
@@ -220,6 +246,7 @@ _SHAPES = {  # name -> (returns a value, number of arguments)
     "reduce_words": (True, 5),
     "publish_step": (False, 1),
     "reduce_step": (True, 1),
+    "repeat_step": (True, 1),
 }
 
 # the code lives as long as its engine; lru_cache keeps both for the life of the process

@@ -95,6 +95,7 @@ class TracedHook(RankHook):
     """A hook whose agreement and forwards are recorded."""
 
     agreement_class: type[Agreement] = TracedAgreement
+    may_repeat = False
 
     @property
     def events(self) -> list[Event]:
