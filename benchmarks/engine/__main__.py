@@ -22,6 +22,7 @@ from benchmarks.engine.plots import plot_runs
 from benchmarks.engine.results import COLUMNS, RunFiles, Summary, read_run, summarise
 from benchmarks.engine.serving import RunRequest
 from benchmarks.reporting import show_table, write_json
+from eplb_async.core.config import policy_cache
 
 __all__ = ["Options", "main", "run_modes"]
 
@@ -86,6 +87,8 @@ def run_modes(options: Options) -> tuple[list[dict[str, Any]], dict[str, RunFile
     Raises:
         EplbError: a rank or the daemon failed.
     """
+    # compiled policies outlive a mode; daemon and ranks inherit it
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(policy_cache(options.output.resolve())))
     rows: list[dict[str, Any]] = []
     runs: dict[str, RunFiles] = {}
     compared_to: str | None = None
