@@ -16,6 +16,7 @@ Example, 2 ranks of 2 slots, rank 1, k = 1: pairs go to slots [3, 0, 2, 3]. Loca
 [2, 0, 3, then 1], ends are [1, 3], so the local pairs are 3 and pair 1 is expanded to zeros.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = ["LocalPairs", "combine", "expand_rows", "expert_rows", "gather_rows",
 
 BLOCK_ROWS = 16
 """Rows of every product on the CPU, the last block filled up: kernels round differently for another number of rows."""
+# public since torch 2.10
+_GROUPED_MM: Callable[..., torch.Tensor] = getattr(functional, "grouped_mm", None) or torch._grouped_mm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,7 @@ def grouped_product(rows: torch.Tensor, weights_SOI: torch.Tensor, pairs: LocalP
         triton_kernels().product(rows, weights_SOI, pairs.ends_S, result)
         return result
     # the stored layout [S, O, I] is the transposed operand that these kernels take as it is
-    return torch._grouped_mm(rows, weights_SOI.transpose(1, 2), offs=pairs.ends_S)
+    return _GROUPED_MM(rows, weights_SOI.transpose(1, 2), offs=pairs.ends_S)
 
 
 def _looped_product(rows: torch.Tensor, weights_SOI: torch.Tensor, ends_S: torch.Tensor) -> torch.Tensor:

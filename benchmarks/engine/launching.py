@@ -1,6 +1,7 @@
 """Runs a mode: its daemon if it has one, its rank processes, and what the daemon says afterwards."""
 
 import multiprocessing
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,12 +16,11 @@ from benchmarks.engine.serving import RunRequest, run_rank
 from eplb_async.core.config import load_settings
 from eplb_async.core.errors import EplbError
 from eplb_async.runtime.client import ControlClient
-from eplb_async.shm.launch import ensure_daemon
+from eplb_async.shm.launch import ensure_daemon, log_path
 
 __all__ = ["RunFailed", "rendezvous_in", "run_mode", "short_directory"]
 
-WARM_UP_DEADLINE_S = 300.0
-CLOSE_DEADLINE_S = 60.0
+CLOSE_DEADLINE_S = 20.0
 HISTORY = 10_000
 
 
@@ -45,18 +45,15 @@ def run_mode(request: RunRequest, deadline_s: float) -> list[dict[str, Any]]:
 
 @contextmanager
 def _daemon(request: RunRequest) -> Iterator[ControlClient]:
-    """A daemon with the run's settings whose policy is compiled; it is stopped afterwards."""
+    """A daemon with the run's settings; afterwards it is stopped, and its log is beside the ranks' files."""
     settings = load_settings(environ=request.settings)
     with ControlClient(settings) as client:
         try:
             ensure_daemon(settings, deadline_s=60.0)
-            end = time.monotonic() + WARM_UP_DEADLINE_S
-            while not client.status().pool["num_idle"]:
-                if time.monotonic() > end:
-                    raise RunFailed(f"the daemon's policy was not ready after {WARM_UP_DEADLINE_S:g} s")
-                time.sleep(0.1)
             yield client
         finally:
+            if (log := log_path(settings.directory)).exists():
+                shutil.copyfile(log, request.output / "daemon.log")
             client.stop_daemon()
 
 

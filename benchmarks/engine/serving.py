@@ -32,10 +32,12 @@ from eplb_async import RankHook, share_weights
 from eplb_async.core.config import load_settings
 from eplb_async.core.placement import initial_placement
 from eplb_async.rank.maps import Maps
+from eplb_async.runtime.client import ControlClient
 
 __all__ = ["RunRequest", "run_rank"]
 
 COLLECTIVE_DEADLINE = timedelta(seconds=180)
+POLICY_DEADLINE_S = 150.0
 POOL_BYTES = 8 << 30
 """Most memory for prepared ids; longer runs are prepared in several parts, between steps and outside of their times."""
 
@@ -200,6 +202,8 @@ def _run(
     engine.prepare(0, chunk)
     measured = _Measured(engine, request.steps)
     engine.warm_up()
+    if request.mode == "ours" and engine.rank == 0:
+        _wait_for_policy(request)
     map_LP = engine.maps.slot_to_expert_LP
     clock, now = measured.clock, time.perf_counter_ns
     started = time.perf_counter()
@@ -242,6 +246,16 @@ def _run(
         "rebalances": [rebalance.as_dict() for rebalance in balancer.history] if balancer is not None else [],
     }
     _write(request.output, engine, measured, step_ms, facts)
+
+
+def _wait_for_policy(request: RunRequest) -> None:
+    """Until the daemon has compiled its policy, which it does while ranks load; the other ranks wait at the barrier."""
+    end = time.monotonic() + POLICY_DEADLINE_S
+    with ControlClient(load_settings(environ=request.settings)) as client:
+        while not client.status().pool["num_idle"]:
+            if time.monotonic() > end:
+                raise TimeoutError(f"the daemon's policy was not ready after {POLICY_DEADLINE_S:g} s")
+            time.sleep(0.05)
 
 
 def _prepare(request: RunRequest, engine: Engine, measured: _Measured, step: int, chunk: int) -> None:
