@@ -58,6 +58,10 @@ SCRIPT = """
 def test_plans_after_a_warm_up_compile_nothing(name: str, choices: list[dict[str, object]]) -> None:
     """Whatever the options, the shape, the number of windows and the state."""
     result = subprocess.run(
-        [sys.executable, "-c", dedent(SCRIPT), name, repr(choices)], capture_output=True, text=True, timeout=110, check=False
+        [sys.executable, "-c", dedent(SCRIPT), name, repr(choices)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
