@@ -53,6 +53,7 @@ class CommitTables:
         most = max(len(rows) * len(rows[0]) for rows in staged) + MAP_ROWS
         self._pinned_LN3 = torch.empty((len(live), most, 3), dtype=torch.int64, pin_memory=True)
         self._tables: list[NDArray[np.int64]] = [table.numpy() for table in self._pinned_LN3]
+        self._addresses = [table.data_ptr() for table in self._pinned_LN3]
         self._launch = Launcher(driver, copy_pieces_kernel, 1, (BLOCK,))
 
     def launch(self, layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy], stream: int) -> None:
@@ -70,4 +71,5 @@ class CommitTables:
             number += len(more)
         if number:
             programs = min(MOST_PROGRAMS, -(-PROGRAMS // number))
-            self._launch((number, programs), stream, int(table_N3.ctypes.data))
+            self._launch.set(0, self._addresses[layer])
+            self._launch((number, programs), stream)

@@ -47,8 +47,9 @@ class DeviceFingerprints:
     def __init__(self, device: torch.device, driver: CudaDriver) -> None:
         """Compiles it, with that device current."""
         self._coefficients, self._powers = _tables(device)
-        self._tables = self._coefficients.data_ptr(), self._powers.data_ptr()
         self._launch = Launcher(driver, fingerprint_pieces_kernel, 4, (BLOCK_WORDS, STEP_WORDS))
+        self._launch.set(2, self._coefficients.data_ptr())
+        self._launch.set(3, self._powers.data_ptr())
 
     def add(self, pieces_N2: torch.Tensor, results_N: torch.Tensor, programs: int, stream: int) -> None:
         """Add each piece's fingerprint to its result.
@@ -59,8 +60,9 @@ class DeviceFingerprints:
             programs: per piece.
             stream: handle of the stream.
         """
-        grid = (pieces_N2.shape[0], programs)
-        self._launch(grid, stream, pieces_N2.data_ptr(), results_N.data_ptr(), *self._tables)
+        self._launch.set(0, pieces_N2.data_ptr())
+        self._launch.set(1, results_N.data_ptr())
+        self._launch((pieces_N2.shape[0], programs), stream)
 
 
 @functools.cache

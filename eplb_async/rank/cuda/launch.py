@@ -43,8 +43,10 @@ class Launcher:
         self._pointers = (ctypes.c_void_p * total)(*[first + 8 * index for index in range(total)])
         self._address = ctypes.addressof(self._pointers)
 
-    def __call__(self, grid: tuple[int, int], stream: int, *arguments: int) -> None:
+    def set(self, index: int, value: int) -> None:
+        """An argument of all launches from now on."""
+        self._values[index] = value
+
+    def __call__(self, grid: tuple[int, int], stream: int) -> None:
         """Launch on a stream, by its handle; the driver has read the arguments when this returns."""
-        for index, value in enumerate(arguments):
-            self._values[index] = value
         self._driver.launch(self._function, grid, self._threads, self._shared, stream, self._address)

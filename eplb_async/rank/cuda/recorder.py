@@ -25,6 +25,9 @@ __all__ = ["CudaRecorder"]
 
 BLOCK = 512
 """Words per program. Few words each, so that many multiprocessors write to the bus at once."""
+LOAD, TARGET, PUBLISHED, NUMBER, NUM_WORDS = range(5)
+"""Arguments of the kernel."""
+COUNTING = frozenset(phase for phase in Phase if phase.counts)
 
 
 class CudaRecorder(Recorder):
@@ -38,12 +41,16 @@ class CudaRecorder(Recorder):
         """
         self._load, self.ring = load, ring
         self._driver, self._compute = driver, compute
-        self._address, self._words = load.data_ptr(), load.numel()
+        self._words = load.numel()
         self._grid = (-(-self._words // BLOCK), 1)
         fours = self._words % 4 == 0
         self._count, self._zero = (
             Launcher(driver, record_kernel, 5, (counts, fours, BLOCK), num_warps=4) for counts in (True, False)
         )
+        for launch in (self._count, self._zero):
+            launch.set(LOAD, load.data_ptr())
+            launch.set(PUBLISHED, ring.published_address)
+            launch.set(NUM_WORDS, self._words)
         self._first, size = ring.segment.pages
         driver.register(self._first, size)
         self._registered = True
@@ -51,9 +58,10 @@ class CudaRecorder(Recorder):
     def record(self, step: int, phase: Phase, version: int, tokens: int) -> None:
         """See Recorder. Issued on the current stream, behind the forward that counted."""
         ring, stream = self.ring, self._compute.handle()
-        target = ring.claim(step, phase, version, tokens)
-        launch = self._count if phase.counts else self._zero
-        launch(self._grid, stream, self._address, target, ring.published_address, ring.finish() - 1, self._words)
+        launch = self._count if phase in COUNTING else self._zero
+        launch.set(TARGET, ring.claim(step, phase, version, tokens))
+        launch.set(NUMBER, ring.finish() - 1)
+        launch(self._grid, stream)
 
     def close(self) -> None:
         """Wait until the device writes no more, publish the last record and give the pages back. Idempotent."""
