@@ -8,6 +8,5 @@ stop_the_world.py  rebalancing as engines do in their synchronous mode, to compa
 serving.py         one rank's process: a mode, a loop of steps, measurements to files
 results.py         from the files of all ranks to rows of a table; plots.py draws them
 selfcheck.py       does a step do on this device what it should? Run it first
-precompile.py      policies are compiled before anything is measured
 compare.py         are the outputs of two runs the same, bit for bit?
 """

@@ -19,7 +19,6 @@ from benchmarks.engine.compare import first_difference
 from benchmarks.engine.config import MODES, EngineConfig, tokens_per_rank
 from benchmarks.engine.launching import rendezvous_in, run_mode, short_directory
 from benchmarks.engine.plots import plot_runs
-from benchmarks.engine.precompile import Choice, compile_policies
 from benchmarks.engine.results import COLUMNS, RunFiles, Summary, read_run, summarise
 from benchmarks.engine.serving import RunRequest
 from benchmarks.reporting import show_table, write_json
@@ -90,11 +89,7 @@ def run_modes(options: Options) -> tuple[list[dict[str, Any]], dict[str, RunFile
     """
     # compiled policies outlive a mode; daemon and ranks inherit it
     os.environ.setdefault("NUMBA_CACHE_DIR", str(policy_cache(options.output.resolve())))
-    daemon = load_settings(environ=options.daemon_settings("")).daemon
-    choices: list[Choice] = [("default", {"strict": True})] if "sync" in options.modes else []
-    choices += [(daemon.policy, daemon.policy_options)] if "ours" in options.modes else []
-    if choices:
-        print(f"policies compiled in {compile_policies(choices, options.config.spec):.1f} s", flush=True)
+    load_settings(environ=options.daemon_settings(""))  # bad ones are told before anything runs
     rows: list[dict[str, Any]] = []
     runs: dict[str, RunFiles] = {}
     compared_to: str | None = None
