@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eplb_async.core.errors import EplbError
     from eplb_async.core.spec import MoESpec
+    from eplb_async.rank.dispatch import map_and_count
     from eplb_async.rank.hook import RankHook
     from eplb_async.rank.transfer.shm import share_weights
 
-__all__ = ["EplbError", "MoESpec", "RankHook", "__version__", "share_weights"]
+__all__ = ["EplbError", "MoESpec", "RankHook", "__version__", "map_and_count", "share_weights"]
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ _HOMES = {
     "EplbError": "eplb_async.core.errors",
     "MoESpec": "eplb_async.core.spec",
     "RankHook": "eplb_async.rank.hook",
+    "map_and_count": "eplb_async.rank.dispatch",
     "share_weights": "eplb_async.rank.transfer.shm",
 }
 

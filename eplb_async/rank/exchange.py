@@ -28,7 +28,7 @@ class Exchange(Protocol):
         ...
 
     def repeat(self, step: int, collected: int) -> bool:
-        """Publish the counters of the last `publish` for another step; true if every rank's word of `collected` is the same.
+        """Publish the counters of the last `publish` for another step; true if the reduced words of `collected` are these.
 
         False also where that cannot be told yet; `collect` then can.
         """

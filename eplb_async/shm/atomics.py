@@ -177,7 +177,7 @@ define i64 @reduce_step(i64 %block) {
   %missing = call i64 @reduce_words(i64 %first, i64 %ranks, i64 %stride, i64 %step, i64 %out)
   ret i64 %missing
 }
-; Both, and whether every rank said in the reduced step what this one has just published. 1: yes. 0: no, or a word is missing.
+; Both, and whether the reduced words are what this rank has just published. 1: yes. 0: no, or a word is missing.
 define i64 @repeat_step(i64 %block) {
   call void @publish_step(i64 %block)
   %missing = call i64 @reduce_step(i64 %block)
@@ -240,7 +240,7 @@ class Atomics(NamedTuple):
         reduce_words: (first record, ranks, stride in bytes, step, address of five int64 for the result) -> -1, or the
             first rank whose record is not of that step, with the step found in the first of the five.
         publish_step, reduce_step: the two above for one step of one rank, arguments in a block (see the source).
-        repeat_step: both of them -> 1 if all words of the reduced step equal the one just published.
+        repeat_step: both of them -> 1 if the reduced words equal the one just published.
         claim_record: the next record of a ring, arguments in a block -> its address.
     """
 

@@ -215,7 +215,8 @@ class AgreementWords:
         return Reduced(*block[12:17])
 
     def repeat(self, step: int, collected: int) -> bool:
-        """Publish the counters of the last `publish` again, for another step; true if all words of `collected` equal them."""
+        """Publish the counters of the last `publish` again, for another step; true if the reduced words of `collected`
+        are these, both digests alike."""
         block = self._block
         block[3], block[11] = step, collected
         return self._atomics.repeat_step(self._block_address) == 1

@@ -108,6 +108,36 @@ def test_a_full_ring_never_blocks(group: str, runtime_dir: Path) -> None:
     assert batch.step.tolist() == [46, 47, 48, 49]
 
 
+def test_idle_steps_take_the_short_way_and_a_plan_ends_it(group: str, runtime_dir: Path) -> None:
+    """Nothing happens: no step polls or looks for copies. A plan, and an abort, are seen at the next step all the same."""
+    with attached(group, runtime_dir) as (hook, _):
+        for _ in range(5):
+            with hook.step():
+                pass
+        polls = hook.statistics().times["poll"].num
+        for _ in range(50):
+            with hook.step():
+                pass
+        assert hook.statistics().times["poll"].num == polls
+        assert hook.statistics().times["agree"].num == 55
+        daemon = Publisher(group, SOLO)
+        run_plan(hook, daemon)
+        assert hook.slot_to_expert_LP.tolist() == daemon.rows_LP.tolist()
+        for _ in range(5):
+            with hook.step():
+                pass
+        polls = hook.statistics().times["poll"].num
+        with hook.step():
+            pass
+        assert hook.statistics().times["poll"].num == polls
+        daemon.abort(2)
+        for _ in range(5):
+            with hook.step():
+                pass
+        assert hook.statistics().num_drops == 1
+        daemon.close()
+
+
 def test_map_tensors_keep_their_memory(group: str, runtime_dir: Path) -> None:
     """I8: commits rewrite rows in place; captured graphs go on reading the same addresses."""
     with attached(group, runtime_dir) as (hook, _):

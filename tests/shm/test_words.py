@@ -104,6 +104,26 @@ def test_words_equal_a_table(
         words.segment.unlink()
 
 
+def test_a_repeated_word_tells_whether_the_reduced_ones_are_the_same(words: AgreementWords) -> None:
+    """It is published like any other; a rank that is behind, failed or holds a plan, or a missing word, makes it false."""
+    mine = (5, 4, 3, 77)
+    for rank in (1, 2, 0):
+        words.publish(rank, 0, mine)
+    assert words.repeat(1, 0)
+    assert words.newest(0) == Word(1, *mine)
+    assert not words.repeat(2, 1)
+    for field, change in ((0, -1), (1, -1), (2, 1), (3, 1), (3, -1)):
+        other = list(mine)
+        other[field] += change
+        for rank in (1, 2):
+            words.publish(rank, 1, mine if rank == 1 else (other[0], other[1], other[2], other[3]))
+        words.publish(0, 1, mine)
+        assert not words.repeat(2, 1)
+    words.publish(2, 1, mine)
+    words.publish(0, 1, mine)
+    assert words.repeat(2, 1)
+
+
 def test_layout(words: AgreementWords) -> None:
     """One line for the end, one for each member, one for each word: the drawing in the module, byte by byte."""
     words.join(1, os.getpid())
