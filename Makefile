@@ -46,7 +46,7 @@ test-slow: $(STAMP)
 # What needs GPUs, and the tests of whole rank groups once more with their tensors on them. PY may be another python with torch for CUDA.
 test-gpu:
 	@$(PY) -m pytest -m "gpu or multi_gpu" --timeout 400 tests
-	@EPLB_TEST_DEVICE=cuda $(PY) -m pytest --timeout 400 tests/rank/test_plans.py tests/rank/test_faults.py
+	@EPLB_TEST_DEVICE=cuda $(PY) -m pytest --timeout 400 tests/rank/test_plans.py tests/rank/test_faults.py tests/faults/test_faults.py
 
 check: $(STAMP)
 	@PYTHON=$(PY) scripts/check

@@ -23,10 +23,12 @@ from eplb_async.core.config import load_settings
 from eplb_async.core.errors import EplbError, PeerError
 from eplb_async.core.placement import IntArray, initial_placement
 from eplb_async.core.plan import generation_of, position_of
+from eplb_async.rank.transfer.shm import SharedWeights
 from eplb_async.runtime.client import ControlClient
 from eplb_async.shm.board import PlanBoard
 from eplb_async.shm.launch import ensure_daemon
 from eplb_async.shm.words import AgreementWords
+from tests.rank.harness import DEVICE
 
 __all__ = ["MOMENTS", "FaultGroup", "RankReport"]
 
@@ -68,8 +70,13 @@ def serve(group: str, rank: int, environ: dict[str, str], stop: Connection, repo
     """One rank's process: step until told to stop, or until a peer is lost."""
     torch.set_num_threads(1)
     spec, report = SPEC, RankReport(rank)
-    weights = share_weights(group, rank, expert_weights(initial_placement(spec), rank))
-    load = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int32)
+    loaded = expert_weights(initial_placement(spec), rank)
+    device = torch.device("cpu" if DEVICE == "cpu" else f"cuda:{rank % torch.cuda.device_count()}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    on_device = [{name: tensor.to(device) for name, tensor in layer.items()} for layer in loaded]
+    weights = share_weights(group, rank, loaded) if device.type == "cpu" else on_device
+    load = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int32, device=device)
     rng = np.random.default_rng(rank)
     hook = RankHook.attach(
         group=group, rank=rank, spec=spec, weights=weights, load=load, settings=load_settings(environ=environ)
@@ -81,13 +88,13 @@ def serve(group: str, rank: int, environ: dict[str, str], stop: Connection, repo
             start = time.perf_counter_ns()
             hook.before_forward("decode", 8)
             report.worst_step_us = max(report.worst_step_us, (time.perf_counter_ns() - start) / 1e3)
-            report.maps.append(zlib.crc32(hook.slot_to_expert_LP.numpy().tobytes()))
+            report.maps.append(zlib.crc32(hook.slot_to_expert_LP.cpu().numpy().tobytes()))
             if not torch.equal(before_LP, hook.slot_to_expert_LP):
                 before_LP.copy_(hook.slot_to_expert_LP)
                 report.wrong += _wrong_slots(weights, hook, rank, step)
             hot = np.random.default_rng(step // SHIFT_STEPS).permutation(spec.num_experts)
             share = 1.0 / (1 + hot) ** 1.2
-            load += torch.from_numpy(rng.poisson(400 * share, size=load.shape).astype(np.int32))
+            load += torch.from_numpy(rng.poisson(400 * share, size=load.shape).astype(np.int32)).to(device)
             time.sleep(STEP_S)
             hook.after_forward()
             step += 1
@@ -100,17 +107,18 @@ def serve(group: str, rank: int, environ: dict[str, str], stop: Connection, repo
     statistics = hook.statistics()
     report.generation, report.drops = statistics.generation, statistics.num_drops
     hook.detach()
-    weights.close()
+    if isinstance(weights, SharedWeights):
+        weights.close()
     reports.send(report)
 
 
 def _wrong_slots(weights: object, hook: RankHook, rank: int, step: int) -> list[str]:
-    expected = expert_weights(hook.slot_to_expert_LP.numpy().astype(np.int32), rank)
-    held = hook.slot_to_expert_LP[:, rank * SPEC.slots_per_rank :][:, : SPEC.slots_per_rank] >= 0
+    expected = expert_weights(hook.slot_to_expert_LP.cpu().numpy().astype(np.int32), rank)
+    held = hook.slot_to_expert_LP.cpu()[:, rank * SPEC.slots_per_rank :][:, : SPEC.slots_per_rank] >= 0
     wrong = []
     for layer, tensors in enumerate(expected):
         for name, tensor in tensors.items():
-            mine = weights[layer][name]  # type: ignore[index]
+            mine = weights[layer][name].cpu()  # type: ignore[index]
             same = (mine == tensor).flatten(1).all(dim=1) if mine.dim() > 1 else mine == tensor
             if not bool((same | ~held[layer]).all()):
                 wrong.append(f"step {step} rank {rank} layer {layer} {name}")

@@ -1,6 +1,6 @@
 """Ranks on one or two GPUs, in processes of their own: the protocol as on the CPU, and what only devices can break.
 
-`make test-gpu` also runs tests/rank/test_plans.py and test_faults.py with EPLB_TEST_DEVICE=cuda.
+`make test-gpu` also runs tests/rank/test_plans.py, tests/rank/test_faults.py and tests/faults/test_faults.py with EPLB_TEST_DEVICE=cuda.
 """
 
 import os
