@@ -39,7 +39,8 @@ PREFIX = "EPLB_ASYNC_"
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the hook in each rank. `lag`, `history` and `staging_rows` must be equal on all ranks of a group.
+    """Settings of the hook in each rank. `lag`, `history`, `staging_rows`, `reduce_every` and `one_peer_at_a_time` must be
+    equal on all ranks of a group.
 
     Fields:
         lag: steps between a word and the decision on it; 1 decides soonest, 2 leaves a step for the words to arrive.
@@ -53,6 +54,9 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         plan_deadline_steps: a plan that is not done after so many steps is given up by the rank itself.
         plan_deadline_s: the same in seconds.
         verify: compare fingerprints of received rows with those taken at attach.
+        reduce_every: of a group on several nodes: steps from one all-reduce of the words to the next.
+        one_peer_at_a_time: of a group on several nodes: a rank exchanges experts of one entry with one other rank at a time,
+            instead of with all at once.
     """
 
     lag: int = 2
@@ -66,9 +70,11 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     plan_deadline_steps: int = 10_000
     plan_deadline_s: float = 120.0
     verify: bool = True
+    reduce_every: int = 1
+    one_peer_at_a_time: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps")
+        _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps", "reduce_every")
         _at_least(self, 2, "ring_records")
         _at_least(self, 0, "staging_rows")
         _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s")

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -27,6 +27,9 @@ from eplb_async.rank.plan_reader import BadPlan, PreparedPlan
 from eplb_async.rank.statistics import HookPhase, HookStatistics, PhaseTimes
 from eplb_async.rank.weights import LayerTensors
 from eplb_async.shm.words import Reduced
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["DaemonChoice", "RankHook"]
 
@@ -53,7 +56,7 @@ class RankHook:
     def __init__(self, parts: Parts) -> None:
         """Use `attach`."""
         self._parts = parts
-        self.group, self.rank, self.spec = parts.info.group, parts.rank, parts.info.spec
+        self.group, self.rank, self.spec = parts.group, parts.rank, parts.info.spec
         self.slot_to_expert_LP = parts.maps.slot_to_expert_LP
         self.dispatch_table_LEK = parts.maps.dispatch_table_LEK
         self.dispatch_count_LE = parts.maps.dispatch_count_LE
@@ -68,7 +71,7 @@ class RankHook:
         self._failure = (0, "")
         self._times = {phase: PhaseTimes() for phase in HookPhase}
 
-    # size: the keyword arguments that design section 8 names, and three that are rarely used
+    # size: the keyword arguments that design section 8 names, and four that are rarely used
     @classmethod
     def attach(
         cls,
@@ -82,6 +85,7 @@ class RankHook:
         placement: IntArray | None = None,
         load_kind: LoadKind | None = None,
         settings: Settings | None = None,
+        rendezvous: "Store | None" = None,
     ) -> "RankHook":
         """Join a group; returns when all its ranks have.
 
@@ -97,6 +101,10 @@ class RankHook:
             placement: int [L, P], the placement in which the weights are loaded, if not the initial one.
             load_kind: what `load` counts, where its shape fits two readings.
             settings: instead of those of EPLB_ASYNC_CONFIG and the environment.
+            rendezvous: a store of torch.distributed that all ranks reach (a TCPStore, or the one that the engine's process
+                groups were made with). With it, the group lives on `spec.num_nodes` hosts, rank r on node
+                r // (R / num_nodes); without, or with one node, on this host, whatever the spec says of nodes. It is
+                used during attach only, and may serve one attach after another.
 
         Raises:
             SpecError, PlacementError, ConfigError, UnknownName: an argument does not fit.
@@ -126,6 +134,7 @@ class RankHook:
                 load_kind=load_kind,
                 settings=settings,
                 staging_rows=staging_rows,
+                rendezvous=rendezvous,
             )
         )
         hook = cls(parts)
@@ -237,9 +246,11 @@ class RankHook:
             applied = clock()
             self._times[HookPhase.COMMIT].add(applied - agreed)
         self._adopt(words)
-        if self._plan is not None and not agreement.failed:
-            parts.stager.issue(words.committed)
-            self._poll_staged()
+        if self._plan is not None:
+            parts.stager.agree(words)
+            if not agreement.failed:
+                parts.stager.issue(words.committed)
+                self._poll_staged()
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
         self._times[HookPhase.AGREE].add(agreed - polled)

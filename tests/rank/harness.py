@@ -23,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._C._distributed_c10d import TCPStore
 
 from eplb_async.core.config import HookSettings, Settings
 from eplb_async.core.load import LoadKind
@@ -83,6 +84,7 @@ class RankOptions:
         hook_class: RankHook or one made for a test.
         load_width, load_kind: of the load tensor; E by default.
         pause_s: time that each forward takes, of this rank.
+        store_port: of a TCPStore on this host in which ranks of several nodes meet; 0: one node.
     """
 
     group: str
@@ -94,6 +96,7 @@ class RankOptions:
     load_width: int = 0
     load_kind: LoadKind | None = None
     pause_s: float = 0.0
+    store_port: int = 0
 
 
 class Actor:
@@ -103,6 +106,7 @@ class Actor:
         self.options, self.spec = options, options.spec
         self.hook: RankHook
         self.weights: SharedWeights | None = None
+        self.store: TCPStore | None = None
         self.load = torch.zeros(self.spec.num_layers, options.load_width or self.spec.num_experts, dtype=torch.int32)
         self.step_number = 0
 
@@ -115,6 +119,8 @@ class Actor:
             loaded = make_weights(self.spec, loaded_LP, options.rank)
             self.weights = share_weights(options.group, options.rank, loaded)
         self.step_number = 0
+        if options.store_port and self.store is None:
+            self.store = TCPStore("127.0.0.1", options.store_port, is_master=False)
         self.hook = options.hook_class.attach(
             group=options.group,
             rank=options.rank,
@@ -124,6 +130,7 @@ class Actor:
             placement=placement,
             load_kind=options.load_kind,
             settings=options.settings,
+            rendezvous=self.store,
         )
 
     def step(self, count: int, phase: str = "decode") -> list[tuple[int, int]]:
