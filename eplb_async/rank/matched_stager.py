@@ -11,6 +11,11 @@ All ranks see the same vector at the same step, hold the same bytes of the plan,
 that has failed meanwhile too, until the drop is decided, for its peers begin. Own rows are free then: those in use belong
 to entries after the own `committed`, which is not behind the least one. Pulls inside the node have one end, and are
 issued from the entries that have begun, within the step's budget.
+
+Two contents of one generation would never begin, and so never meet the rule that drops them by their digests (I2); a rank
+that sees in the words that all hold a plan, and not the same one, gives it up by its error word. Words of a time in which
+ranks held another generation are no danger: while one of them held plan g - 1, min(committed) was below (g, 0), and with
+such words no rank holds plan g (I4).
 """
 
 from collections import deque
@@ -20,8 +25,9 @@ from typing import NamedTuple
 import numpy as np
 
 from eplb_async.core.config import HookSettings
+from eplb_async.core.errors import PlanInvalid
 from eplb_async.core.placement import IntArray
-from eplb_async.core.plan import counter, generation_of, position_of
+from eplb_async.core.plan import NO_PLAN, counter, generation_of, position_of
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.plan_reader import PreparedEntry, PreparedPlan
 from eplb_async.rank.stager import Incoming, Stager
@@ -60,12 +66,13 @@ class MatchedStager(Stager):
         self._between, self._spec = ways.between, spec
         self._width, self._node = spec.topology.ranks_per_node, rank // spec.topology.ranks_per_node
         self._all_hold = False
+        self._conflict: PlanInvalid | None = None
         self._received_KR: IntArray = np.zeros((1, spec.num_ranks), dtype=np.int32)
 
     def start(self, plan: PreparedPlan) -> None:
         """See Stager; nothing begins before all hold the plan."""
         super().start(plan)
-        self._all_hold = False
+        self._all_hold, self._conflict = False, None
         slots, ranks = self._spec.slots_per_rank, self._spec.num_ranks
         received = [np.bincount(entry.moves_M3[:, 2] // slots, minlength=ranks) for entry in plan.entries]
         # row k: what each rank receives in the first k entries
@@ -76,9 +83,16 @@ class MatchedStager(Stager):
         plan = self._plan
         if plan is None:
             return
+        if NO_PLAN != words.least_digest != words.greatest_digest:
+            self._conflict = PlanInvalid(f"the nodes hold different plans of generation {plan.generation}")
         self._all_hold |= words.least_digest == words.greatest_digest == plan.digest
         while self._all_hold and self._may_begin(plan, words.committed):
             self._begin(plan.entries[self._next])
+
+    def poll(self) -> tuple[int, Exception | None]:
+        """See Stager."""
+        position, error = super().poll()
+        return position, error or (self._conflict if self._plan is not None else None)
 
     def close(self) -> None:
         """See Stager."""

@@ -26,7 +26,7 @@ from eplb_async.rank.meeting import Connections, abort, meet
 from eplb_async.rank.streams import HostStream
 from eplb_async.rank.torch_exchange import TorchDistExchange
 from eplb_async.rank.transfer.base import Transfer
-from eplb_async.rank.transfer.torch_dist import GlooLink, PeerLink, TorchDistTransfer
+from eplb_async.rank.transfer.torch_dist import GlooLink, TorchDistTransfer
 from eplb_async.shm.words import AgreementWords, GroupInfo
 
 __all__ = ["Hello", "NodesJoined"]
@@ -86,7 +86,7 @@ class NodesJoined:
         met = meet(store, group, rank, num_ranks, max(0.1, end - time.monotonic()))
         self._connections = Connections(met, group, rank, num_ranks, end - time.monotonic())
         self.incarnation = self._connections.incarnation
-        self._link: PeerLink | None = None
+        self._between: TorchDistTransfer | None = None
         try:
             self._compare(hello)
         except BaseException:
@@ -113,9 +113,11 @@ class NodesJoined:
         Raises:
             PeerLost: a rank left.
         """
-        self._link = GlooLink(self._connections.connect("weights"), self._rank)
+        link = GlooLink(self._connections.connect("weights"), self._rank)
         stream = HostStream(f"eplb-nodes-{self._info.group}-{self._rank}")
-        between = TorchDistTransfer(self._link, inside.weights, inside.staging, stream, _host_fingerprints, self._rank)
+        between = self._between = TorchDistTransfer(
+            link, inside.weights, inside.staging, stream, _host_fingerprints, self._rank
+        )
         return MatchedStager(Ways(inside, between), settings, expected, self._info.spec, self._rank)
 
     def exchange(self, words: AgreementWords, deadline_s: float) -> TorchDistExchange:
@@ -127,8 +129,8 @@ class NodesJoined:
         """Attach has failed: let the others see it at once."""
         others = [rank for rank in range(self._info.spec.num_ranks) if rank != self._rank]
         abort(self._connections.words, others)
-        if self._link is not None:
-            self._link.close()
+        if self._between is not None:
+            self._between.close()
 
     def _compare(self, hello: Hello) -> None:
         texts = self._connections.gather(msgspec.json.encode(hello))

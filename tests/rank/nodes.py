@@ -9,6 +9,7 @@
 There are no daemons that talk to each other yet; posting on both boards is what they will do.
 """
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,14 +20,18 @@ from torch._C._distributed_c10d import TCPStore
 from eplb_async.core.placement import IntArray
 from eplb_async.core.plan import Plan
 from eplb_async.core.spec import MoESpec
+from eplb_async.rank.matched_stager import MatchedStager
 from eplb_async.rank.meeting import node_group
+from eplb_async.rank.transfer.torch_dist import Message, TorchDistTransfer
 from eplb_async.shm.gc import collect_garbage
-from tests.rank.harness import RankGroup, hook_settings
+from tests.rank.harness import Actor, RankGroup, hook_settings
 from tests.rank.publisher import Publisher
 
-__all__ = ["FOUR", "Daemons", "NodeGroup"]
+__all__ = ["FOUR", "PLAIN", "Daemons", "NodeGroup", "close_link", "hold_link", "release_link"]
 
 FOUR = MoESpec(num_layers=2, num_experts=8, num_ranks=4, num_redundant=4, num_nodes=2)
+PLAIN = MoESpec(num_layers=2, num_experts=12, num_ranks=4, num_nodes=2)
+"""Without replicas: an expert can come from one slot only."""
 
 
 class NodeGroup(RankGroup):
@@ -93,3 +98,34 @@ class Daemons:
         """See Publisher."""
         for daemon in self.each:
             daemon.close()
+
+
+def between(actor: Actor) -> TorchDistTransfer:
+    """The transfer between nodes of a rank."""
+    stager = actor.hook._parts.stager
+    assert isinstance(stager, MatchedStager)
+    return stager._between
+
+
+def hold_link(actor: Actor) -> None:
+    """Exchanges of this rank wait before they begin."""
+    link, opened = between(actor)._link, threading.Event()
+    swap = link.swap
+
+    def held(sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        if not opened.wait(60.0):
+            raise TimeoutError("nobody released the link")
+        swap(sends, receives)
+
+    vars(link)["swap"] = held
+    vars(actor)["opened"] = opened
+
+
+def release_link(actor: Actor) -> None:
+    """Let them go on."""
+    vars(actor)["opened"].set()
+
+
+def close_link(actor: Actor) -> None:
+    """The connections for weights break."""
+    between(actor)._link.close()

@@ -42,7 +42,7 @@ from eplb_async.rank.transfer.base import Pull, StagingRows, other_bytes
 from eplb_async.rank.transfer.rounds import Move, rounds_of
 from eplb_async.rank.weights import WeightRows
 
-__all__ = ["GlooLink", "PeerLink", "TorchDistTransfer"]
+__all__ = ["GlooLink", "Message", "PeerLink", "TorchDistTransfer"]
 
 Message = tuple[torch.Tensor, int]
 """A tensor and the peer that it goes to or comes from."""
