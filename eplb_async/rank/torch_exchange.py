@@ -130,7 +130,7 @@ class TorchDistExchange:
         # its vector may have come right before it ended
         if (gone or late) and not work.is_completed():
             self._failed = True
-            raise self._named(step, waited_s, gone, "the connections to its node are open")
+            raise self._named(step, waited_s, gone, "all connections are open")
 
     def _lost(self, step: int, waited_s: float, error: RuntimeError) -> PeerLost:
         """What to raise when the process group has failed."""
@@ -138,16 +138,17 @@ class TorchDistExchange:
         return self._named(step, waited_s, self._gone(), str(error))
 
     def _named(self, step: int, waited_s: float, gone: dict[int, str], why: str) -> PeerLost:
-        """Names who is gone; else ranks of this node that are behind; else any of the other nodes may be it."""
+        """Names who is gone; else ranks of this node whose word is not out. Else it may be any other rank: one that waits for
+        the same vector looks like one that hangs after its word."""
         group = self._words.info.group
         if gone:
             return PeerLost(group, list(gone), step, waited_s, "; ".join(dict.fromkeys(gone.values())))
-        newest = {rank: self._words.member(rank).newest_step for rank in self._local}
+        newest = {rank: self._words.member(rank).newest_step for rank in self._local if rank != self._rank}
         behind = [rank for rank, its_step in newest.items() if its_step < step]
         if behind:
             steps = ", ".join(str(newest[rank]) for rank in behind)
             return PeerLost(group, behind, step, waited_s, f"its process lives, but its last step is {steps}")
-        return PeerLost(group, self._remote, step, waited_s, f"all ranks of this node are there; {why}")
+        return PeerLost(group, self._others, step, waited_s, f"the words of this node's ranks are out; {why}")
 
     def _gone(self) -> dict[int, str]:
         """Ranks that ended or left, and how that is known: on this node from the member table, elsewhere by connections."""
