@@ -20,6 +20,7 @@ The words also go into the node's segment, for its daemon. Nothing here reads th
 """
 
 import time
+import weakref
 from collections import deque
 
 import torch
@@ -65,6 +66,8 @@ class TorchDistExchange:
         self._newest = Reduced(FIRST_COUNTER, FIRST_COUNTER, 0, NO_PLAN, NO_PLAN)
         self._newest_step = -self._every
         self._failed = False
+        # an engine that ends without a detach must not wait for what is pending either
+        self._abort = weakref.finalize(self, abort, group, self._others)
 
     def publish(self, step: int, counters: tuple[int, int, int, int]) -> None:
         """See Exchange; every k steps it posts an all-reduce.
@@ -103,7 +106,7 @@ class TorchDistExchange:
         while not self._failed and time.monotonic() < end and not all(work.is_completed() for *_, work in self._posted):
             time.sleep(SLEEP_S)
         self._failed = True
-        abort(self._group, self._others)
+        self._abort()
         self._posted.clear()
 
     def _wait(self, step: int, work: Work) -> None:

@@ -1,7 +1,9 @@
 """Groups on two nodes, in real processes: plans that cross them, and every way in which a plan ends early."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -51,7 +53,7 @@ def received(actor: Actor) -> tuple[int, int]:
 @pytest.mark.parametrize(("every", "lag", "one_peer"), [(1, 2, True), (4, 1, False)])
 def test_plans_across_nodes_are_committed(group: str, runtime_dir: Path, every: int, lag: int, one_peer: bool) -> None:
     """Moves inside and between nodes in one plan and one entry: right bytes, and equal maps at every step on all ranks."""
-    fields = {"reduce_every": every, "lag": lag, "one_peer_at_a_time": one_peer, "staging_rows": 2}
+    fields: dict[str, Any] = {"reduce_every": every, "lag": lag, "one_peer_at_a_time": one_peer, "staging_rows": 2}
     with NodeGroup(group, FOUR, runtime_dir, pull_bytes_per_step=1, **fields) as ranks:
         ranks.attach()
         daemons, random = Daemons(ranks), np.random.default_rng(every)
@@ -59,7 +61,7 @@ def test_plans_across_nodes_are_committed(group: str, runtime_dir: Path, every: 
         for generation in (1, 2, 3):
             plan = daemons.plan([(layer, shuffled(daemons.rows_LP[layer], random, FOUR)) for layer in (0, 1)])
             daemons.post(plan)
-            steps = ranks.step_until(lambda generation=generation: daemons.done(generation))
+            steps = ranks.step_until(partial(daemons.done, generation))
             daemons.applied(plan)
             # one entry per step, k or not
             assert len({digest for _, digest in steps}) <= len(plan.entries) + 1

@@ -28,6 +28,7 @@ The expert moved in entry k of plan g is read while entry k is neither committed
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -76,7 +77,9 @@ class GlooLink:
     def __init__(self, group: GlooGroup, rank: int) -> None:
         """`group`: of all ranks, used by nothing else."""
         self._group = group
-        self._others = [other for other in range(group.size()) if other != rank]
+        # at the latest when the process ends: what is pending would else keep it
+        others = [other for other in range(group.size()) if other != rank]
+        self._abort = weakref.finalize(self, abort, group, others)
         # a step may take as long as it likes, and so may what it waits for
         group._set_default_timeout(FOREVER)
 
@@ -93,7 +96,7 @@ class GlooLink:
 
     def close(self) -> None:
         """See PeerLink."""
-        abort(self._group, self._others)
+        self._abort()
 
 
 class TorchDistTransfer:
