@@ -20,13 +20,12 @@ from torch._C._distributed_c10d import Store
 from eplb_async.core.config import HookSettings
 from eplb_async.core.errors import SpecMismatch
 from eplb_async.core.placement import IntArray
-from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.matched_stager import MatchedStager, Ways
 from eplb_async.rank.meeting import Connections, abort, meet
 from eplb_async.rank.streams import HostStream
 from eplb_async.rank.torch_exchange import TorchDistExchange
 from eplb_async.rank.transfer.base import Transfer
-from eplb_async.rank.transfer.torch_dist import GlooLink, TorchDistTransfer
+from eplb_async.rank.transfer.torch_dist import GlooLink, PeerLink, TorchDistTransfer
 from eplb_async.shm.words import AgreementWords, GroupInfo
 
 __all__ = ["Hello", "NodesJoined"]
@@ -113,11 +112,9 @@ class NodesJoined:
         Raises:
             PeerLost: a rank left.
         """
-        link = GlooLink(self._connections.connect("weights"), self._rank)
+        link = self._connect_weights(inside.weights.rows[0][0].device)
         stream = HostStream(f"eplb-nodes-{self._info.group}-{self._rank}")
-        between = self._between = TorchDistTransfer(
-            link, inside.weights, inside.staging, stream, _host_fingerprints, self._rank
-        )
+        between = self._between = TorchDistTransfer(link, inside.weights, inside.staging, stream, self._rank)
         return MatchedStager(Ways(inside, between), settings, expected, self._info.spec, self._rank)
 
     def exchange(self, words: AgreementWords, deadline_s: float) -> TorchDistExchange:
@@ -132,6 +129,13 @@ class NodesJoined:
         if self._between is not None:
             self._between.close()
 
+    def _connect_weights(self, device: torch.device) -> PeerLink:
+        if device.type == "cuda":
+            from eplb_async.rank.transfer.nccl_link import NcclLink
+
+            return NcclLink(self._connections.store, self._rank, self._info.spec.num_ranks, device)
+        return GlooLink(self._connections.connect("weights"), self._rank)
+
     def _compare(self, hello: Hello) -> None:
         texts = self._connections.gather(msgspec.json.encode(hello))
         for rank, text in enumerate(texts):
@@ -141,7 +145,3 @@ class NodesJoined:
                 raise SpecMismatch(self._info.group, [f"rank {rank} runs another release ({error})"]) from error
             if differences := hello.differences(other):
                 raise SpecMismatch(self._info.group, [f"{difference} (rank {rank})" for difference in differences])
-
-
-def _host_fingerprints(pieces: Sequence[torch.Tensor]) -> list[int]:
-    return [fingerprint(piece) for piece in pieces]

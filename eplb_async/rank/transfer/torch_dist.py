@@ -37,6 +37,7 @@ import torch
 from torch._C._distributed_c10d import Work
 
 from eplb_async.core.errors import TransferFailed
+from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.meeting import FOREVER, GlooGroup, abort
 from eplb_async.rank.streams import Completion, Stream
 from eplb_async.rank.transfer.base import Pull, StagingRows, other_bytes
@@ -47,12 +48,10 @@ __all__ = ["GlooLink", "Message", "PeerLink", "TorchDistTransfer"]
 
 Message = tuple[torch.Tensor, int]
 """A tensor and the peer that it goes to or comes from."""
-Compute = Callable[[Sequence[torch.Tensor]], Sequence[int]]
-"""Fingerprints of pieces of memory."""
 
 
 class PeerLink(Protocol):
-    """Point-to-point messages of one rank. `beside` and `swap` are called on the transfer's thread."""
+    """Point-to-point messages of one rank. All but `close` is called on the transfer's thread."""
 
     def beside(self) -> AbstractContextManager[object]:
         """What work on the device must be done in, so that it is not on the compute stream."""
@@ -64,6 +63,10 @@ class PeerLink(Protocol):
         Raises:
             RuntimeError: a peer is gone.
         """
+        ...
+
+    def compute(self, pieces: Sequence[torch.Tensor]) -> Sequence[int]:
+        """Fingerprints of what was received."""
         ...
 
     def close(self) -> None:
@@ -94,6 +97,10 @@ class GlooLink:
         for work in works:
             work.wait()
 
+    def compute(self, pieces: Sequence[torch.Tensor]) -> Sequence[int]:
+        """See PeerLink."""
+        return [fingerprint(piece) for piece in pieces]
+
     def close(self) -> None:
         """See PeerLink."""
         self._abort()
@@ -108,12 +115,10 @@ class TorchDistTransfer:
 
     name = "torch_dist"
 
-    def __init__(
-        self, link: PeerLink, weights: WeightRows, staging: StagingRows, stream: Stream, compute: Compute, rank: int
-    ) -> None:
+    def __init__(self, link: PeerLink, weights: WeightRows, staging: StagingRows, stream: Stream, rank: int) -> None:
         """`staging`: of the transfer inside the node, which both share."""
         self._link, self._weights, self._staging = link, weights, staging
-        self.stream, self._compute, self._rank = stream, compute, rank
+        self.stream, self._rank = stream, rank
         self.rows_received = self.rows_sent = 0
 
     def begin(
@@ -177,7 +182,7 @@ class TorchDistTransfer:
             self._link.swap(sends, receives)
 
     def _verify(self, layer: int, move: Move, row: int, wanted: Sequence[int]) -> None:
-        found = self._compute(self._staging.tensors(layer, row))
+        found = self._link.compute(self._staging.tensors(layer, row))
         for index, value in enumerate(found):
             if value != wanted[index]:
                 raise other_bytes(layer, Pull(move.expert, move.source_rank, move.source_slot, move.slot), index)
