@@ -12,6 +12,7 @@ import pytest
 from eplb_async.core.errors import SpecMismatch
 from eplb_async.core.placement import IntArray, initial_placement
 from eplb_async.rank.matched_stager import MatchedStager
+from eplb_async.shm.live import LivePlacement
 from tests.conftest import segments_left
 from tests.rank.harness import Actor
 from tests.rank.nodes import FOUR, PLAIN, Daemons, NodeGroup, close_link, hold_link, release_link
@@ -67,6 +68,12 @@ def test_plans_across_nodes_are_committed(group: str, runtime_dir: Path, every: 
             assert len({digest for _, digest in steps}) <= len(plan.entries) + 1
             assert ranks.rows() == daemons.rows_LP.tolist()
             ranks.check()
+        for daemon in daemons.each:
+            live = LivePlacement.open(daemon.words.info.group, FOUR, daemon.words.incarnation)
+            found = live.read()
+            live.close()
+            assert found is not None
+            assert found[0].tolist() == daemons.rows_LP.tolist()
         for other, all_rows in ranks.all("call", received):
             assert 0 < other < all_rows
         assert ranks.all("statistics_of", "num_drops") == [0] * 4
@@ -158,6 +165,23 @@ def test_what_was_begun_ends_after_a_drop(group: str, runtime_dir: Path) -> None
         assert not daemons.done()
         ranks.ask(2, "call", release_link)
         ranks.step_until(daemons.done)
+        commit_next(ranks, daemons)
+        daemons.close()
+
+
+def test_a_rank_that_has_failed_takes_part_until_the_drop(group: str, runtime_dir: Path) -> None:
+    """I7: its error is out after its plan's digest, so the others begin; what they send and wait for, it takes and gives."""
+    with NodeGroup(group, PLAIN, runtime_dir, lag=6) as ranks:
+        ranks.attach()
+        daemons = Daemons(ranks)
+        daemons.post(daemons.plan(crossing(daemons)))
+        ranks.step_until(lambda: ranks.all("statistics_of", "num_plans") == [1] * 4, count=1)
+        ranks.step(1)
+        ranks.ask(1, "call", give_up, 1)
+        assert not any(rows for rows, _ in ranks.all("call", received))
+        ranks.step_until(daemons.done, most=300)
+        assert ranks.all("statistics_of", "num_drops") == [1] * 4
+        assert all(rows for rows, _ in ranks.all("call", received))
         commit_next(ranks, daemons)
         daemons.close()
 

@@ -1,7 +1,11 @@
 """Words by all-reduce: reduced without overflow, posted every k steps, and the same at the same step on all ranks."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from torch._C._distributed_c10d import HashStore
@@ -92,3 +96,24 @@ def test_a_vector_that_does_not_come_is_given_up(make: Make) -> None:
     exchanges[0].close()
     with pytest.raises(PeerLost):
         exchanges[1].collect(0)
+
+
+PENDING = """
+import torch
+from torch._C._distributed_c10d import HashStore
+from eplb_async.rank.transfer.torch_dist import GlooLink
+from eplb_async.rank.meeting import Connections
+from eplb_async.rank.streams import HostStream
+from tests.rank.connected import together
+store = HashStore()
+groups = together(2, lambda rank: Connections(store, "g", rank, 2, 20.0).connect("weights"))
+link, stream = GlooLink(groups[0], 0), HostStream("pending")
+stream.submit(lambda: link.swap([], [(torch.zeros(8, dtype=torch.uint8), 1)]))
+"""
+
+
+def test_a_process_may_end_with_messages_pending() -> None:
+    """An engine that ends without a detach does not wait for peers: gloo's own end would."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", PENDING], cwd=Path(__file__).parents[2], check=True, timeout=60)
+    assert time.monotonic() - start < 50

@@ -11,8 +11,8 @@ plan; a thread runs them in that order, an entry's rounds in theirs (each round 
 of a pair of ranks in the plan's. Take the unfinished (entry, round) that comes first: all its ranks have finished what
 comes before it, so each has posted its sends and receives of it, or will without waiting, and they match. So it ends.
 
-*All that is posted ends, also after a drop.* A drop takes no job back, for the peer's may have begun. A wrong fingerprint
-is an error only when all rounds have run. A rank that failed before (its error word is out, the drop not decided) still
+*All that is posted ends, also after a drop.* A drop takes no job back, for the peer's may have begun. A wrong fingerprint,
+or a connection that broke, is an error only when all rounds have run, for the other peers. A rank that failed before (its error word is out, the drop not decided) still
 takes part, as it is the decision of all.
 
 *Sources stay as they are while they are read.* A source is a live slot; it is written only by the commit of an entry.
@@ -92,10 +92,24 @@ class GlooLink:
 
     def swap(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See PeerLink."""
-        works: list[Work] = [self._group.recv([tensor], peer, 0) for tensor, peer in receives]
-        works += [self._group.send([tensor], peer, 0) for tensor, peer in sends]
+        works: list[Work] = []
+        broken: RuntimeError | None = None
+        posts = [(self._group.recv, *message) for message in receives] + [
+            (self._group.send, *message) for message in sends
+        ]
+        for post, tensor, peer in posts:
+            try:
+                works.append(post([tensor], peer, 0))
+            except RuntimeError as error:  # the connection is closed
+                broken = broken or error
+        # what other peers take part in ends, whatever became of one
         for work in works:
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                broken = broken or error
+        if broken is not None:
+            raise broken
 
     def compute(self, pieces: Sequence[torch.Tensor]) -> Sequence[int]:
         """See PeerLink."""
@@ -159,12 +173,18 @@ class TorchDistTransfer:
         expected: Callable[[int, int], Sequence[int] | None],
         one_peer: bool,
     ) -> None:
+        broken: RuntimeError | None = None
         with self._link.beside():
-            try:
-                for part in rounds_of(moves) if one_peer else [moves]:
+            for part in rounds_of(moves) if one_peer else [moves]:
+                try:
                     self._swap(layer, part, rows)
-            except RuntimeError as error:
-                raise TransferFailed(f"layer {layer}: experts could not be exchanged between nodes: {error}") from error
+                except RuntimeError as error:
+                    # peers of later rounds wait for this rank all the same
+                    broken = broken or error
+            if broken is not None:
+                raise TransferFailed(
+                    f"layer {layer}: experts could not be exchanged between nodes: {broken}"
+                ) from broken
             for move in moves:
                 wanted = expected(layer, move.expert) if move.rank == self._rank else None
                 if wanted is not None:
