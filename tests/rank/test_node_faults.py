@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from eplb_async.core.errors import AttachTimeout, PeerLost
@@ -160,3 +161,39 @@ def test_a_rank_that_does_not_step_is_named_by_its_node(group: str, runtime_dir:
         assert errors[0].why == "its process lives, but its last step is 3"
         assert [error.step for error in errors] == [4] * 3
         assert errors[1].ranks == (0, 1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_killed_at_random_moments_of_plans(group: str, runtime_dir: Path) -> None:
+    """Whatever a rank was doing when it was killed: PeerLost on the others, no wrong byte, and a new incarnation in the same store."""
+    random = np.random.default_rng(0)
+    with NodeGroup(group, PLAIN, runtime_dir, peer_deadline_s=LONG_S, pull_bytes_per_step=1) as ranks:
+        for attempt in range(15):
+            ranks.attach()
+            daemons = Daemons(ranks)
+            for rank in range(4):
+                ranks.send(rank, "step", STEPS)
+            for _ in range(int(random.integers(1, 4))):
+                plan = daemons.post(daemons.plan(crossing(daemons)))
+                wait_for_step(ranks, 1)
+                if random.random() < 0.5:
+                    break
+                end = time.monotonic() + LONG_S
+                while not daemons.done(plan.generation):
+                    assert time.monotonic() < end, "the plan is not done"
+                daemons.applied(plan)
+            time.sleep(float(random.random()) * 0.02)
+            victim = int(random.integers(4))
+            ranks.kill(victim)
+            others = [rank for rank in range(4) if rank != victim]
+            errors = [ranks.receive(rank) for rank in others]
+            assert [type(error) for error in errors] == [PeerLost] * 3, (attempt, errors)
+            assert all(victim in error.ranks for error in errors), (attempt, victim, errors)
+            wrong = [line for lines in ranks.outcomes("check", ranks=others) for line in lines]
+            assert not wrong
+            daemons.close()
+            ranks.outcomes("close", ranks=others)
+            for rank in range(4):
+                ranks.processes[rank].join()
+                ranks.restart(rank)

@@ -237,3 +237,38 @@ def test_a_mismatch_between_nodes_is_named(
         assert [type(error) for error in errors] == [SpecMismatch] * 4
         assert why in str(errors[0])
         assert all("weights." in name for name in segments_left(group))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("every", "lag", "one_peer"), [(1, 1, True), (3, 2, False), (2, 3, True)])
+def test_many_plans_with_drops_at_random_steps(
+    group: str, runtime_dir: Path, every: int, lag: int, one_peer: bool
+) -> None:
+    """Whenever a rank gives up, all have committed the same entries, and every slot holds its expert."""
+    fields: dict[str, Any] = {"reduce_every": every, "lag": lag, "one_peer_at_a_time": one_peer, "staging_rows": 2}
+    with NodeGroup(group, FOUR, runtime_dir, pull_bytes_per_step=1, **fields) as ranks:
+        ranks.attach()
+        daemons, random = Daemons(ranks), np.random.default_rng(lag)
+        before = 0
+        for generation in range(1, 41):
+            plan = daemons.plan([(layer, shuffled(daemons.rows_LP[layer], random, FOUR)) for layer in (0, 1)])
+            daemons.post(plan)
+            if random.random() < 0.6:
+                ranks.step(int(random.integers(1, 40)))
+                ranks.ask(int(random.integers(4)), "call", give_up_if_current, generation)
+            ranks.step_until(partial(daemons.done, generation))
+            commits = set(ranks.all("statistics_of", "num_commits"))
+            assert len(commits) == 1
+            daemons.applied(plan, commits.copy().pop() - before)
+            before = commits.pop()
+            assert ranks.rows() == daemons.rows_LP.tolist()
+            ranks.check()
+        assert 0 < ranks.ask(0, "statistics_of", "num_drops") < 40
+        daemons.close()
+
+
+def give_up_if_current(actor: Actor, generation: int) -> None:
+    """As `give_up`, unless the plan is done."""
+    if actor.hook._agreement.generation == generation:
+        give_up(actor, generation)
