@@ -104,7 +104,9 @@ def test_a_rank_that_detaches_is_lost(group: str, runtime_dir: Path) -> None:
     with NodeGroup(group, PLAIN, runtime_dir, peer_deadline_s=LONG_S) as ranks:
         ranks.attach()
         ranks.step(5)
+        ranks.ask(0, "call", watch_close)
         ranks.ask(0, "detach")
+        assert ranks.ask(0, "call", left_before_close)
         errors = ranks.outcomes("step", 10, ranks=[1, 2, 3])
         assert [type(error) for error in errors] == [PeerLost] * 3
         assert errors[0].rank == 0
@@ -115,12 +117,35 @@ def test_a_rank_that_detaches_is_lost(group: str, runtime_dir: Path) -> None:
         ranks.step(5)
 
 
+def watch_close(actor: Actor) -> None:
+    """Note whether the rank has left the member table when its connections are closed."""
+    parts = actor.hook._parts
+    close = parts.exchange.close
+
+    def noted() -> None:
+        vars(actor)["left"] = not hasattr(parts.membership, "words")
+        close()
+
+    vars(parts.exchange)["close"] = noted
+
+
+def left_before_close(actor: Actor) -> bool:
+    """What was noted."""
+    return bool(vars(actor)["left"])
+
+
 def test_all_may_leave_after_the_same_step(group: str, runtime_dir: Path) -> None:
-    """A rank that leaves first does not take from the others the words of the steps that it has made."""
+    """Ranks that leave first do not take from a slow one the words of the steps that they have made."""
     with NodeGroup(group, PLAIN, runtime_dir) as ranks:
-        for _ in range(3):
+        ranks.ask(3, "call", be_slow)
+        for _ in range(2):
             ranks.attach()
             assert ranks.all("call", step_and_leave) == [8] * 4
+
+
+def be_slow(actor: Actor) -> None:
+    """Forwards take longer."""
+    object.__setattr__(actor.options, "pause_s", 0.03)
 
 
 def step_and_leave(actor: Actor) -> int:
