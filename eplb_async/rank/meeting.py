@@ -174,8 +174,9 @@ class Connections:
 def abort(group: GlooGroup, peers: Sequence[int]) -> None:
     """Close a gloo group's connections, at both ends: what is pending in it fails, here at once.
 
-    A receive that times out is gloo's own way to this; destroying a group waits for what is pending instead.
+    A receive that times out is gloo's own way to this; destroying a group waits for what is pending instead. A peer whose
+    connection is closed already refuses the receive, hence all of them: one at most has to time out.
     """
-    for peer in peers[:1]:
+    for peer in peers:
         with contextlib.suppress(RuntimeError):
             group.recv([torch.zeros(1, dtype=torch.uint8)], peer, ABORT_TAG).wait(timedelta(milliseconds=1))
