@@ -14,7 +14,7 @@ from eplb_async.shm.gc import collect_garbage
 from eplb_async.shm.words import AgreementWords
 from tests.conftest import segments_left
 from tests.rank.harness import Actor
-from tests.rank.nodes import PLAIN, Daemons, NodeGroup, hold_link
+from tests.rank.nodes import PLAIN, Daemons, NodeGroup, hold_link, release_link
 from tests.rank.test_nodes import commit_next, crossing, received
 
 LONG_S = 30.0
@@ -102,6 +102,7 @@ def test_a_rank_that_hangs_is_lost_after_the_deadline(group: str, runtime_dir: P
         assert 0.4 <= took < LONG_S / 3
         assert left < LONG_S / 3
         assert isinstance(ranks.receive(3), PeerLost)
+        ranks.ask(3, "call", release_link)
 
 
 def test_a_rank_that_detaches_is_lost(group: str, runtime_dir: Path) -> None:

@@ -101,15 +101,16 @@ class HastyVector(TracedHook):
 @pytest.mark.parametrize("hook_class", [LocalWords, HastyVector])
 def test_other_words_than_the_vector_are_caught(group: str, runtime_dir: Path, hook_class: type[RankHook]) -> None:
     """I7: `decided` is then not what the vector of that step makes it."""
-    options: dict[str, Any] = {"hook_class": hook_class}
-    with NodeGroup(group, PLAIN, runtime_dir, options, reduce_every=2, lag=3, verify=False) as ranks:
+    # vectors have time to come early
+    options: dict[str, Any] = {"hook_class": hook_class, "pause_s": 0.01}
+    with NodeGroup(group, PLAIN, runtime_dir, options, reduce_every=2, lag=6, verify=False) as ranks:
         ranks.attach()
         daemons = Daemons(ranks)
         start = daemons.rows_LP.tolist()
         daemons.post(daemons.plan(crossing(daemons)))
-        ranks.outcomes("step", 6)
+        ranks.outcomes("step", 9)
         ranks.ask(1, "call", give_up, 1)
-        ranks.outcomes("step", 20)
+        ranks.outcomes("step", 30)
         found = verdict(ranks, daemons, start, rows=PLAIN.slots_per_rank)
         daemons.close()
     assert "make `decided`" in str(found)
