@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench stress hammer clean
+.PHONY: help setup demo test test-slow test-gpu check format bench stress hammer clean
 
 help:
 	@echo "make demo       serve a small MoE model, rebalance it live, and prove that nothing it computes changed"
 	@echo "make test       the tests, without those marked slow"
 	@echo "make test-slow  the slow ones"
+	@echo "make test-gpu   the tests that need one or two NVIDIA GPUs (skipped without)"
 	@echo "make check      ruff, mypy, import rules, size and naming rules"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make bench      all benchmarks"
@@ -41,6 +42,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@$(PY) -m pytest -m slow --timeout 3600
+
+# What needs GPUs, and the tests of whole rank groups once more with their tensors on them. PY may be another python with torch for CUDA.
+test-gpu:
+	@$(PY) -m pytest -m "gpu or multi_gpu" --timeout 400 tests
+	@EPLB_TEST_DEVICE=cuda $(PY) -m pytest --timeout 400 tests/rank/test_plans.py tests/rank/test_faults.py
 
 check: $(STAMP)
 	@PYTHON=$(PY) scripts/check

@@ -16,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -53,7 +53,10 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         copies_per_step: most copies issued in one step.
         plan_deadline_steps: a plan that is not done after so many steps is given up by the rank itself.
         plan_deadline_s: the same in seconds.
-        verify: compare fingerprints of received rows with those taken at attach.
+        pull_bytes_in_flight: most bytes whose copies have been issued and have not ended.
+        slow_step_ratio: no copies are issued in a step whose forward before it took more than this times the usual one of its
+            phase; 0 issues in any step.
+        verify: all, or sample (one in eight), or off: which received rows are compared with the fingerprints taken at attach.
         reduce_every: of a group on several nodes: steps from one all-reduce of the words to the next.
         one_peer_at_a_time: of a group on several nodes: a rank exchanges experts of one entry with one other rank at a time,
             instead of with all at once.
@@ -69,14 +72,17 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     copies_per_step: int = 32
     plan_deadline_steps: int = 10_000
     plan_deadline_s: float = 120.0
-    verify: bool = True
+    pull_bytes_in_flight: int = 512 << 20
+    slow_step_ratio: float = 1.5
+    verify: Literal["all", "sample", "off"] = "all"
     reduce_every: int = 1
     one_peer_at_a_time: bool = True
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps", "reduce_every")
         _at_least(self, 2, "ring_records")
-        _at_least(self, 0, "staging_rows")
+        _at_least(self, 1, "pull_bytes_in_flight")
+        _at_least(self, 0, "staging_rows", "slow_step_ratio")
         _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s")
         if self.history < 2 * self.lag + 2:
             raise ValueError(f"`history` is {self.history}; words of lag {self.lag} need at least {2 * self.lag + 2}")

@@ -26,6 +26,8 @@ class Phase(Enum):
     DUMMY = "dummy"
     PROFILE = "profile"
 
+    __hash__ = object.__hash__  # by identity; Enum's own is a call of Python, and hooks look phases up at every step
+
     @property
     def counts(self) -> bool:
         """True if the step's load is traffic."""

@@ -27,7 +27,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.policies._frontier_state import EVEN, STEEP, LayerState, above, mean_peak, take_step
+from eplb_async.policies._frontier_state import EVEN, STEEP, LayerState, above, mean_peak, refresh_relief, take_step
 from eplb_async.policies._kernels import CACHE
 
 __all__ = ["replace_gain", "search"]
@@ -35,6 +35,7 @@ __all__ = ["replace_gain", "search"]
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 ENOUGH = 1.02
 """A step that cannot be so many times better than the best so far is not looked at."""
@@ -75,10 +76,7 @@ def search(  # size: where to write, and when to stop
     steps, moved, since = 0, 0, 0
     best = mean_peak(load_RT)
     while steps < par_J.shape[0] and since < patience and best > floor + price * (moved + 1):
-        busiest, over = -1, 0.0
-        for rank in range(num_ranks):
-            if not stuck_R[rank] and (busiest < 0 or above_R[rank] > above_R[busiest]):
-                busiest = rank
+        busiest, over = _busiest(above_R, stuck_R), 0.0
         if busiest < 0:
             break
         for window in range(load_RT.shape[1]):
@@ -101,6 +99,19 @@ def search(  # size: where to write, and when to stop
         if par + price * moved < best:
             best, since = par + price * moved, 0
     return steps
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def _busiest(above_R: FloatArray, stuck_R: BoolArray) -> int:
+    """The rank with the greatest potential that is not stuck; -1 if all are.
+
+    A function of its own, because numba would compile the search twice for a variable that starts as the literal -1.
+    """
+    busiest = -1
+    for rank in range(above_R.shape[0]):
+        if not stuck_R[rank] and (busiest < 0 or above_R[rank] > above_R[busiest]):
+            busiest = rank
+    return busiest
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
@@ -180,20 +191,11 @@ def _best_replace(  # size: one loop, see the module
     above_R, node_E, node_R, split_E = state.above_R, state.node_E, state.node_R, state.split_E
     num_experts, most = host_EK.shape
     width = row_P.shape[0] // node_R.shape[0]
-    relief_E = np.zeros(num_experts)
+    refresh_relief(state)
+    relief_E, splits_E = state.relief_E, state.splits_E
+    meets_E = np.full(num_experts, -1, dtype=np.int64)
     most_here, most_elsewhere = 0.0, 0.0
-    over_R = np.zeros(node_R.shape[0], dtype=np.bool_)
-    for rank in range(node_R.shape[0]):
-        for window in range(load_RT.shape[1]):
-            over_R[rank] |= load_RT[rank, window] > waterline
     for expert in range(num_experts):
-        count = count_E[expert]
-        for copy in range(count if count < most else 0):
-            host = host_EK[expert, copy]
-            if over_R[host]:
-                less = 1.0 / (count + 1) - 1.0 / count
-                left = above(load_RT, load_ET, waterline, host, expert, less, expert, 0.0)
-                relief_E[expert] += above_R[host] - left
         if on_ER[expert, busiest]:
             most_here = max(most_here, relief_E[expert])
         else:
@@ -218,28 +220,42 @@ def _best_replace(  # size: one loop, see the module
                 harm += above(load_RT, load_ET, waterline, host, held, more, held, 0.0) - above_R[host]
         if reach - harm <= least:
             continue
+        for copy in range(count):
+            host = host_EK[held, copy]
+            for place in range(host * width, host * width + (width if host != rank else 0)):
+                meets_E[row_P[place]] = slot
+        # what stays on the slot's rank whichever expert comes: no load is negative
+        stays = 0.0
+        for window in range(load_RT.shape[1]):
+            over = max(load_RT[rank, window] - load_ET[held, window] / count - waterline, 0.0)
+            stays += over * (STEEP + over)
+        merges, gives = more * split_E[held], -1.0 / count
         for place in range(num_experts if rank == busiest else width):
             expert = place if rank == busiest else row_P[busiest * width + place]
+            gain = relief_E[expert] + above_R[rank] - harm
+            if gain <= LEAST_GAIN or gain * MOST_FAVOUR <= ENOUGH * best * LEAST_COST:
+                continue
             if on_ER[expert, rank] or count_E[expert] >= most or node_E[expert] != node_R[rank]:
                 continue
             cost = max(1.0 * (int(live_ER[held, rank]) - int(live_ER[expert, rank])), LEAST_COST)
-            gain = relief_E[expert] + above_R[rank] - harm
             if gain * MOST_FAVOUR <= ENOUGH * best * cost:
                 continue
-            fewer = split_E[expert] / (count_E[expert] * (count_E[expert] + 1)) - more * split_E[held]
-            if (
-                gain <= LEAST_GAIN
-                or min(max(gain + fewer, LEAST_FAVOUR * gain), MOST_FAVOUR * gain) <= ENOUGH * best * cost
-            ):
+            fewer = splits_E[expert] - merges
+            if min(max(gain + fewer, LEAST_FAVOUR * gain), MOST_FAVOUR * gain) <= ENOUGH * best * cost:
                 continue
-            meet = False
-            for copy in range(count):
-                meet = meet or (host_EK[held, copy] != rank and on_ER[expert, host_EK[held, copy]])
-            if meet:
+            if meets_E[expert] == slot:
                 gain = replace_gain(state, slot, expert)
             else:
+                most_gain = gain - stays
+                if min(max(most_gain + fewer, LEAST_FAVOUR * most_gain), MOST_FAVOUR * most_gain) <= best * cost:
+                    continue
                 part = 1.0 / (count_E[expert] + 1)
-                gain -= above(load_RT, load_ET, waterline, rank, expert, part, held, -1.0 / count)
+                left = 0.0
+                for window in range(load_RT.shape[1]):
+                    load = load_RT[rank, window] + part * load_ET[expert, window] + gives * load_ET[held, window]
+                    over = max(load - waterline, 0.0)
+                    left += over * (STEEP + over) + EVEN * (load - 1.0) * (load - 1.0)
+                gain -= left
             if gain <= LEAST_GAIN:
                 continue
             gain = min(max(gain + fewer, LEAST_FAVOUR * gain), MOST_FAVOUR * gain)
@@ -291,23 +307,38 @@ def _best_swap(  # size: one loop, see the module
     for rank in cool_C:
         both = above_R[busiest] + above_R[rank]
         theirs_S = _slopes(slope_T, load_ET, row_P[rank * width : (rank + 1) * width], count_E)
+        coldest = np.inf
         for place in range(width):
             expert = row_P[rank * width + place]
             if on_ER[expert, busiest] or node_E[expert] != node_R[busiest]:
                 theirs_S[place] = np.inf
+            coldest = min(coldest, theirs_S[place])
         for first in range(width):
             one = row_P[busiest * width + first]
+            if ours_S[first] - coldest <= max(ENOUGH * best * LEAST_COST, LEAST_GAIN):
+                continue
             if on_ER[one, rank] or node_E[one] != node_R[rank]:
                 continue
             part, away = 1.0 / count_E[one], int(live_ER[one, busiest]) - int(live_ER[one, rank])
             for second in range(width):
+                leaves = min(ours_S[first] - theirs_S[second], both)
+                if leaves <= ENOUGH * best * LEAST_COST or leaves <= LEAST_GAIN:
+                    continue
                 two = row_P[rank * width + second]
                 cost = max(1.0 * (away + int(live_ER[two, rank]) - int(live_ER[two, busiest])), LEAST_COST)
-                if min(ours_S[first] - theirs_S[second], both) <= max(ENOUGH * best * cost, LEAST_GAIN):
+                if leaves <= ENOUGH * best * cost:
                     continue
                 other = 1.0 / count_E[two]
-                gain = both - above(load_RT, load_ET, waterline, busiest, one, -part, two, other)
-                gain -= above(load_RT, load_ET, waterline, rank, one, part, two, -other)
+                here, there = 0.0, 0.0
+                for window in range(load_RT.shape[1]):
+                    out, back = part * load_ET[one, window], other * load_ET[two, window]
+                    load = load_RT[busiest, window] - out + back
+                    over = max(load - waterline, 0.0)
+                    here += over * (STEEP + over) + EVEN * (load - 1.0) * (load - 1.0)
+                    load = load_RT[rank, window] + out - back
+                    over = max(load - waterline, 0.0)
+                    there += over * (STEEP + over) + EVEN * (load - 1.0) * (load - 1.0)
+                gain = both - here - there
                 if gain > LEAST_GAIN and gain > best * cost:
                     best_first, best_second, best = busiest * width + first, rank * width + second, gain / cost
     return best_first, best_second, best

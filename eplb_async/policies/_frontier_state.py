@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eplb_async.policies._kernels import CACHE
 
-__all__ = ["EVEN", "STEEP", "LayerState", "above", "layer_state", "mean_peak", "take_step"]
+__all__ = ["EVEN", "STEEP", "LayerState", "above", "layer_state", "mean_peak", "refresh_relief", "take_step"]
 
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
@@ -40,6 +40,10 @@ class LayerState(NamedTuple):
         above_R: potential of each rank.
         node_E, node_R: an expert may only be on ranks of its node.
         split_E: spread times the square of each expert's load, summed over windows.
+        over_R: which ranks are above the waterline in some window.
+        relief_E: what one more replica of each expert would take off the potential of those of its ranks; zero where it may get none.
+        splits_E: what one more replica takes off each expert's `split_E` / replicas.
+        stale_R: ranks whose load changed since `relief_E` and `splits_E` were worked out.
         waterline: see `_frontier`.
     """
 
@@ -54,6 +58,10 @@ class LayerState(NamedTuple):
     node_E: LongArray
     node_R: LongArray
     split_E: FloatArray
+    over_R: BoolArray
+    relief_E: FloatArray
+    splits_E: FloatArray
+    stale_R: BoolArray
     waterline: float
 
 
@@ -112,16 +120,62 @@ def layer_state(  # size: what a layer's state is made of
         expert, rank = row_P[slot], slot // width
         for window in range(num_windows):
             load_RT[rank, window] += load_ET[expert, window] / count_E[expert]
-    above_R = np.empty(num_ranks)
+    above_R, over_R = np.empty(num_ranks), np.zeros(num_ranks, dtype=np.bool_)
     for rank in range(num_ranks):
         above_R[rank] = above(load_RT, load_ET, waterline, rank, 0, 0.0, 0, 0.0)
+        for window in range(num_windows):
+            over_R[rank] |= load_RT[rank, window] > waterline
     split_E = np.zeros(num_experts)
     for expert in range(num_experts):
         for window in range(num_windows):
             split_E[expert] += spread * load_ET[expert, window] * load_ET[expert, window]
     return LayerState(
-        load_ET, row_P, count_E, host_EK, on_ER, live_ER, load_RT, above_R, node_E, node_R, split_E, waterline
+        load_ET,
+        row_P,
+        count_E,
+        host_EK,
+        on_ER,
+        live_ER,
+        load_RT,
+        above_R,
+        node_E,
+        node_R,
+        split_E,
+        over_R,
+        np.zeros(num_experts),
+        np.zeros(num_experts),
+        np.ones(num_ranks, dtype=np.bool_),
+        waterline,
     )
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def refresh_relief(state: LayerState) -> None:
+    """Bring `relief_E` and `splits_E` up to date: for the experts of ranks whose load changed, which all that steps moved are on.
+
+    Loads [[1.5], [0.5]] in slots [0 | 1] on 2 ranks, waterline 1: half of expert 0 leaves rank 0 with 0.75, which is
+    0.5 * (0.5 + 0.5) + 0.01 * 0.25 = 0.5025 before and 0.01 * 0.0625 = 0.000625 after: [0.501875, 0].
+    """
+    load_RT, load_ET, waterline, row_P = state.load_RT, state.load_ET, state.waterline, state.row_P
+    count_E, host_EK, above_R = state.count_E, state.host_EK, state.above_R
+    over_R, relief_E, stale_R = state.over_R, state.relief_E, state.stale_R
+    split_E, splits_E = state.split_E, state.splits_E
+    most, num_ranks = host_EK.shape[1], load_RT.shape[0]
+    width = row_P.shape[0] // num_ranks
+    for rank in range(num_ranks):
+        if not stale_R[rank]:
+            continue
+        stale_R[rank] = False
+        for slot in range(rank * width, (rank + 1) * width):
+            expert, relief = row_P[slot], 0.0
+            count = count_E[expert]
+            for copy in range(count if count < most else 0):
+                host = host_EK[expert, copy]
+                if over_R[host]:
+                    less = 1.0 / (count + 1) - 1.0 / count
+                    relief += above_R[host] - above(load_RT, load_ET, waterline, host, expert, less, expert, 0.0)
+            relief_E[expert] = relief
+            splits_E[expert] = split_E[expert] / (count * (count + 1))
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
@@ -174,10 +228,13 @@ def take_step(state: LayerState, first: int, expert: int, second: int) -> None:
 @numba.njit(error_model="numpy", cache=CACHE)
 def _shift(state: LayerState, rank: int, first: int, gets: float, second: int, gives: float) -> None:
     """Add parts of two experts' loads to a rank."""
-    load_RT, load_ET = state.load_RT, state.load_ET
+    load_RT, load_ET, waterline = state.load_RT, state.load_ET, state.waterline
+    over = False
     for window in range(load_RT.shape[1]):
         load_RT[rank, window] += gets * load_ET[first, window] + gives * load_ET[second, window]
-    state.above_R[rank] = above(load_RT, load_ET, state.waterline, rank, first, 0.0, second, 0.0)
+        over |= load_RT[rank, window] > waterline
+    state.above_R[rank] = above(load_RT, load_ET, waterline, rank, first, 0.0, second, 0.0)
+    state.over_R[rank], state.stale_R[rank] = over, True
 
 
 @numba.njit(error_model="numpy", cache=CACHE)

@@ -230,7 +230,11 @@ def warm_up() -> None:
 
     topology = Topology(num_ranks=2, slots_per_rank=2)
     live_LP = np.array([[0, 1, 2, 0]], dtype=np.int32)
-    flashlb(np.arange(6.0).reshape(2, 1, 3), live_LP, topology, FlashLBOptions(), b"")
+    windows_TLE = np.arange(6.0).reshape(2, 1, 3)
+    # as plans get them: numba compiles for arrays that may be written and for others anew
+    live_LP.flags.writeable = windows_TLE.flags.writeable = False
+    flashlb(windows_TLE, live_LP, topology, FlashLBOptions(), b"")
+    live_LP = live_LP.copy()
     _matching.keep_slots(_matching.match_ranks(live_LP, live_LP, 3, 2, 1), live_LP, 2)
 
 

@@ -301,10 +301,12 @@ def _node_of_expert(rows_LP: IntArray, topology: Topology, num_experts: int) -> 
 
 def warm_up() -> None:
     """Compile all loops with the types that plans use."""
-    topology = Topology(num_ranks=2, slots_per_rank=2)
-    windows_TLE = np.array([[[9.0, 1.0, 1.0]]])
-    live_LP = np.array([[0, 1, 2, 0]], dtype=np.int32)
-    frontier(windows_TLE, live_LP, topology, FrontierOptions(price=0.0, most_moved=0.5, noise=0.0), b"")
+    topology = Topology(num_ranks=2, slots_per_rank=2, num_nodes=2, num_expert_groups=4)
+    windows_TLE = np.array([[[9.0, 1.0, 1.0, 1.0]]])
+    live_LP = np.array([[0, 1, 2, 3]], dtype=np.int32)
+    for inside_nodes in (False, True):
+        options = FrontierOptions(start="scratch", most_moved=0.5, noise=0.0, inside_nodes=inside_nodes)
+        frontier(windows_TLE, live_LP, topology, options, b"")
 
 
 POLICY = Policy(

@@ -29,13 +29,14 @@ from eplb_async.rank.maps import Maps
 from eplb_async.rank.meeting import node_group
 from eplb_async.rank.membership import Membership
 from eplb_async.rank.nodes import Hello, NodesJoined
+from eplb_async.rank.pace import StepPace
 from eplb_async.rank.plan_reader import PlanReader
 from eplb_async.rank.platform import Platform, choose_platform
 from eplb_async.rank.recorder import Recorder, check_load
 from eplb_async.rank.stager import Stager
 from eplb_async.rank.streams import HostStream
 from eplb_async.rank.transfer.base import Transfer
-from eplb_async.rank.verification import ExpertFingerprints
+from eplb_async.rank.verification import ExpertFingerprints, SampledFingerprints
 from eplb_async.rank.weights import LayerTensors, WeightRows
 from eplb_async.shm.export import ExportInfo, RankExport
 from eplb_async.shm.launch import daemon_running, ensure_daemon
@@ -83,6 +84,7 @@ class Parts:
     maps: Maps
     recorder: Recorder
     capturing: Callable[[], bool]
+    pace: StepPace
 
     def close(self) -> None:
         """End the threads, then leave the group; that in any case, though a thread hangs.
@@ -157,7 +159,7 @@ class _Joining:
         self._request, self._info, self._placement_LP = request, info, placement_LP
         self._kind, self._platform, self._transfer = kind, platform, transfer
         self._ring: LoadRing
-        verify = request.settings.hook.verify
+        verify = request.settings.hook.verify != "off"
         rows = transfer.weights
         # an empty array tells the others that this rank took none
         none = np.zeros((0, 0, 0), dtype=np.int64)
@@ -188,7 +190,7 @@ class _Joining:
     ) -> Parts:
         request, info, settings = self._request, self._info, self._request.settings
         maps = self._platform.maps(self._placement_LP, info.spec)
-        expected = fingerprints.of if fingerprints else lambda layer, expert: None
+        expected = self._expected(fingerprints)
         exchange: Exchange
         if nodes:
             stager: Stager = nodes.stager(self._transfer, settings.hook, expected)
@@ -213,14 +215,21 @@ class _Joining:
             maps=maps,
             recorder=recorder,
             capturing=self._platform.capturing,
+            pace=StepPace(settings.hook.slow_step_ratio),
         )
+
+    def _expected(self, fingerprints: ExpertFingerprints | None) -> Callable[[int, int], Sequence[int] | None]:
+        """What the rows of an expert must look like; None for a row that is not compared."""
+        if fingerprints is None:
+            return lambda layer, expert: None
+        return fingerprints.of if self._request.settings.hook.verify == "all" else SampledFingerprints(fingerprints).of
 
     def _publish(self, incarnation: int) -> list[Segment]:
         request, info = self._request, self._info
+        exported = ExportInfo(transfer=self._transfer.name, exported=self._transfer.export(), shape=self._own.shape)
         records = request.settings.hook.ring_records
         ring_info = Recorder.ring_info(info.group, request.rank, request.load, self._kind, records)
         self._ring = LoadRing.create(ring_info, incarnation)
-        exported = ExportInfo(transfer=self._transfer.name, exported=self._transfer.export(), shape=self._own.shape)
         try:
             export = RankExport.create(info.group, request.rank, incarnation, exported, self._own)
         except BaseException:
@@ -248,7 +257,7 @@ class _Joining:
                 raise PeerLost(info.group, rank, 0, 0.0, "it left while this rank attached") from error
         if nodes:
             collected = nodes.fingerprints(self._own)
-        if not self._request.settings.hook.verify:
+        if self._request.settings.hook.verify == "off":
             return None
         return ExpertFingerprints(np.concatenate(collected, axis=1), self._placement_LP, info.spec)
 
@@ -258,8 +267,9 @@ class _Joining:
         if export.info.transfer != self._transfer.name:
             here = self._transfer.name
             raise TransferFailed(f"rank {rank} moves weights by {export.info.transfer}, this rank by {here}")
-        if self._request.settings.hook.verify and export.info.shape != self._own.shape:
-            raise SpecMismatch(group, [f"hook.verify is True here and False on rank {rank}"])
+        verify = self._request.settings.hook.verify
+        if verify != "off" and export.info.shape != self._own.shape:
+            raise SpecMismatch(group, [f"hook.verify is {verify} here and off on rank {rank}"])
         self._transfer.connect(rank, export.info.exported)
         fingerprints = np.array(export.fingerprints, dtype=np.int64)
         export.close()

@@ -39,9 +39,8 @@ class Committer:
         """Issue the commit of an entry that was decided."""
         entry = plan.entries[position - 1]
         version = counter(plan.generation, position)
-        # the transfer's last: its end is that of everything issued before it, and the maps read pinned memory
-        self._maps.commit(entry, version)
-        done = self._transfer.commit(entry.layer, self._stager.take(position))
+        more = self._maps.commit(entry, version)
+        done = self._transfer.commit(entry.layer, self._stager.take(position), more)
         if self._live is not None:
             self._live.commit(entry.layer, entry.slot_to_expert_P, version)
         self._running.append((plan.generation, position, done))

@@ -27,6 +27,13 @@ class Exchange(Protocol):
         """Make the own word for a step readable by all: (staged, committed, error, digest)."""
         ...
 
+    def repeat(self, step: int, collected: int) -> bool:
+        """Publish the counters of the last `publish` for another step; true if every rank's word of `collected` is the same.
+
+        False also where that cannot be told yet; `collect` then can.
+        """
+        ...
+
     def collect(self, step: int) -> Reduced:
         """The words of all ranks for a step, reduced.
 
@@ -49,6 +56,10 @@ class SharedMemoryExchange:
     def publish(self, step: int, counters: tuple[int, int, int, int]) -> None:
         """See Exchange."""
         self._words.publish(self._rank, step, counters)
+
+    def repeat(self, step: int, collected: int) -> bool:
+        """See Exchange."""
+        return self._words.repeat(step, collected)
 
     def collect(self, step: int) -> Reduced:
         """See Exchange. Raises PeerLost after the deadline, or as soon as the missing rank's process is gone."""

@@ -3,6 +3,8 @@
     one step        publish own word -> read all words of step s - lag -> commit or drop what they say
                     -> look at the board, adopt a plan -> issue copies -> [the forward] -> record its load
 
+In most steps nothing happens: no plan is held, and all words are what they were. Such a step is one call into compiled code.
+
 Nothing in it waits for the daemon. It waits for another rank only if that rank's word of `lag` steps ago is not there.
 """
 
@@ -10,9 +12,10 @@ import logging
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from eplb_async.core.config import Settings, check_group_name, load_settings
 from eplb_async.core.diff import least_staging_rows
@@ -23,13 +26,11 @@ from eplb_async.core.plan import generation_of, position_of
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.agreement import Agreement, Decision, Verdict
 from eplb_async.rank.assembly import AttachRequest, Parts, assemble
+from eplb_async.rank.phases import phase_of
 from eplb_async.rank.plan_reader import BadPlan, PreparedPlan
 from eplb_async.rank.statistics import HookPhase, HookStatistics, PhaseTimes
 from eplb_async.rank.weights import LayerTensors
 from eplb_async.shm.words import Reduced
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
 
 __all__ = ["DaemonChoice", "RankHook"]
 
@@ -52,6 +53,8 @@ class RankHook:
     """
 
     agreement_class = Agreement
+    may_repeat = True
+    """Take the short way through steps in which nothing happens; tests that watch every word do not."""
 
     def __init__(self, parts: Parts) -> None:
         """Use `attach`."""
@@ -64,6 +67,7 @@ class RankHook:
         self._plan: PreparedPlan | None = None
         self._plan_step, self._plan_since_s = 0, 0.0
         self._step, self._running = 0, False
+        self._quiet, self._last_word = False, (0, 0, 0, 0)
         self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
         self._closed = ""
         self._context = _StepContext(self)
@@ -85,7 +89,7 @@ class RankHook:
         placement: IntArray | None = None,
         load_kind: LoadKind | None = None,
         settings: Settings | None = None,
-        rendezvous: "Store | None" = None,
+        rendezvous: Store | None = None,
     ) -> "RankHook":
         """Join a group; returns when all its ranks have.
 
@@ -101,10 +105,8 @@ class RankHook:
             placement: int [L, P], the placement in which the weights are loaded, if not the initial one.
             load_kind: what `load` counts, where its shape fits two readings.
             settings: instead of those of EPLB_ASYNC_CONFIG and the environment.
-            rendezvous: a store of torch.distributed that all ranks reach (a TCPStore, or the one that the engine's process
-                groups were made with). With it, the group lives on `spec.num_nodes` hosts, rank r on node
-                r // (R / num_nodes); without, or with one node, on this host, whatever the spec says of nodes. It is
-                used during attach only, and may serve one attach after another.
+            rendezvous: a store of torch.distributed that all ranks reach, for attach: the group lives on `spec.num_nodes`
+                hosts, rank r on node r // (R / num_nodes); without it on this host, whatever the spec says of nodes.
 
         Raises:
             SpecError, PlacementError, ConfigError, UnknownName: an argument does not fit.
@@ -178,9 +180,12 @@ class RankHook:
             raise LifecycleError(
                 f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called"
             )
-        self._phase, self._tokens = _phase(phase), num_tokens
+        self._phase, self._tokens = phase_of(phase), num_tokens
         try:
-            self._advance()
+            if not self._quiet:
+                self._advance(published=False)
+            elif not self._repeat():
+                self._advance(published=True)
         except BaseException as error:
             # the word of this step may be out and half of it done: a second try could decide it twice
             self._closed = str(error) or type(error).__name__
@@ -231,13 +236,31 @@ class RankHook:
     ) -> None:
         self.detach()
 
-    def _advance(self) -> None:
-        """One step of the protocol; tests/model/agreement_model.py says the same in `publish_word` and `act`."""
+    def _repeat(self) -> bool:
+        """A step with the same word as before; false if there is more to do, which `_advance` does.
+
+        With no plan, and `staged` and `committed` of all ranks equal to `decided`, words decide nothing.
+        """
+        parts, start = self._parts, time.perf_counter_ns()
+        if not parts.exchange.repeat(self._step, self._step - parts.info.lag):
+            return False
+        if not parts.reader.idle or parts.membership.board.abort >= self._agreement.generation:
+            return False
+        self._times[HookPhase.AGREE].add(time.perf_counter_ns() - start)
+        return True
+
+    def _advance(self, published: bool) -> None:
+        """One step of the protocol; tests/model/agreement_model.py says the same in `publish_word` and `act`.
+
+        `published`: the word of this step is out already, and was the one before.
+        """
         parts, agreement, clock = self._parts, self._agreement, time.perf_counter_ns
         start = clock()
         self._poll()
         polled = clock()
-        parts.exchange.publish(self._step, agreement.word())
+        word = self._last_word if published else agreement.word()
+        if not published:
+            parts.exchange.publish(self._step, word)
         words = parts.exchange.collect(self._step - parts.info.lag)
         decision = agreement.decide(words)
         agreed = applied = clock()
@@ -249,11 +272,25 @@ class RankHook:
         if self._plan is not None:
             parts.stager.agree(words)
             if not agreement.failed:
-                parts.stager.issue(words.committed)
+                if parts.pace.step(self._phase, start):
+                    parts.stager.issue(words.committed)
                 self._poll_staged()
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
         self._times[HookPhase.AGREE].add(agreed - polled)
+        self._last_word, self._quiet = word, self.may_repeat and self._is_quiet(word)
+
+    def _is_quiet(self, word: tuple[int, int, int, int]) -> bool:
+        """Nothing is going on here, and the others have been told so."""
+        agreement = self._agreement
+        counters = agreement.staged == agreement.committed == agreement.decided
+        return (
+            self._plan is None
+            and counters
+            and not agreement.failed
+            and self._parts.stager.idle
+            and agreement.word() == word
+        )
 
     def _poll(self) -> None:
         """Find out what the device has finished, and whether the active plan must be given up."""
@@ -321,6 +358,7 @@ class RankHook:
                 self._fail(generation, found.why)
                 return
             agreement.adopt(found)
+            parts.pace.pause()
             parts.stager.start(found)
             self._plan, self._plan_step, self._plan_since_s = found, self._step, time.monotonic()
             self._num_plans += 1
@@ -357,13 +395,3 @@ class _StepContext:
         elif self._hook._running:
             self._hook._parts.recorder.discard(self._hook._step, self._hook._version)
             self._hook._finish_step()
-
-
-_PHASES = {phase.value: phase for phase in Phase}
-
-
-def _phase(phase: str | Phase) -> Phase:
-    found = _PHASES.get(phase) if isinstance(phase, str) else phase
-    if found is None:
-        raise UnknownName("phase", str(phase), _PHASES)
-    return found

@@ -3,12 +3,15 @@
 Rows are rewritten in place, between two forwards. All are int64, which torch indexes with.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from eplb_async.core.placement import IntArray, expert_to_slots
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.plan_reader import PreparedEntry, Snapshot
+from eplb_async.rank.transfer.base import Copy
 
 __all__ = ["Maps"]
 
@@ -39,15 +42,17 @@ class Maps:
             self._snapshot = Snapshot(self._rows_LP.copy(), tuple(self.version_L))
         return self._snapshot
 
-    def commit(self, entry: PreparedEntry, version: int) -> None:
-        """Rewrite the rows of one layer, or issue that on the compute stream."""
-        self._write(entry)
+    def commit(self, entry: PreparedEntry, version: int) -> Sequence[Copy]:
+        """Rewrite the rows of one layer; returns what the transfer has to copy for that on the device."""
+        copies = self._write(entry)
         self.version_L[entry.layer] = version
         self._rows_LP[entry.layer] = entry.slot_to_expert_P
         self._snapshot = None
+        return copies
 
-    def _write(self, entry: PreparedEntry) -> None:
+    def _write(self, entry: PreparedEntry) -> Sequence[Copy]:
         layer = entry.layer
         self.slot_to_expert_LP[layer].copy_(entry.row_P)
         self.dispatch_table_LEK[layer].copy_(entry.table_EK)
         self.dispatch_count_LE[layer].copy_(entry.count_E)
+        return ()

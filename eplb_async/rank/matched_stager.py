@@ -121,8 +121,10 @@ class MatchedStager(Stager):
         ended = self._between.begin(entry.layer, moves, rows, self._fingerprints, one_peer)
         if ended is not None:
             incoming.copies.append(ended)
+            # counted as one row: what crosses nodes is bounded by the staging rows, not by the budget
+            self.bytes_in_flight += incoming.row_bytes
         self.rows_pulled += len(rows)
-        self.bytes_pulled += len(rows) * self._transfer.weights.slot_bytes[entry.layer]
+        self.bytes_pulled += len(rows) * incoming.row_bytes
 
     def _is_inside(self, pull: Pull) -> bool:
         return pull.source_rank // self._width == self._node

@@ -106,6 +106,11 @@ class PlanReader:
             self._ready, self._pending = self._pending.result, None
         return self._ready
 
+    @property
+    def idle(self) -> bool:
+        """True if there is nothing on the board that `poll` has not seen to the end."""
+        return self._pending is None and self._ready is None and self._board.sequence == self._seen
+
     def check_again(self) -> None:
         """Prepare the plan on the board once more, against a newer placement."""
         self._seen, self._ready = 0, None

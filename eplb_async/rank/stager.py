@@ -3,6 +3,8 @@ r"""Staging: pulling the incoming experts of the active plan beside the forward,
     waiting -> pulling -> staged -> released        an entry; `staged` in plan order only
                   \-> orphaned -> ended             its plan was dropped: its pulls must end before `committed` moves on
 
+Copies are bounded per step in number and bytes, and in all by the bytes in flight: a device that is slow is not given more.
+
 An entry starts when enough staging rows are free and, if an earlier entry changes the same layer, once every rank has
 committed that one (I12): its sources are live only then. Rows are free again when the own commit has ended (I13).
 """
@@ -27,6 +29,7 @@ class Incoming:
 
     entry: PreparedEntry
     rows: list[int]
+    row_bytes: int
     waiting: deque[tuple[Pull, int]]
     copies: deque[Completion[None]] = field(default_factory=deque)
     failed: bool = False
@@ -37,6 +40,7 @@ class Stager:
 
     Attributes:
         bytes_pulled, rows_pulled: since attach.
+        bytes_in_flight: of copies that were issued and have not ended.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Stager:
         self._incoming: deque[Incoming] = deque()
         self._staged: dict[int, Incoming] = {}
         self._orphans: list[Incoming] = []
-        self.bytes_pulled = self.rows_pulled = 0
+        self.bytes_pulled = self.rows_pulled = self.bytes_in_flight = 0
 
     @property
     def idle(self) -> bool:
@@ -86,16 +90,17 @@ class Stager:
             self._transfer.flush()
 
     def _issue(self, all_committed: int) -> None:
-        copies, left = self._settings.copies_per_step, self._settings.pull_bytes_per_step
-        spent = False
+        settings, spent = self._settings, False
+        copies, left = settings.copies_per_step, settings.pull_bytes_per_step
         while copies > 0 and self._plan is not None and (current := self._to_issue(self._plan, all_committed)):
-            layer = current.entry.layer
-            size = self._transfer.weights.slot_bytes[layer]
-            while current.waiting and copies > 0 and (left >= size or not spent):
+            layer, size = current.entry.layer, current.row_bytes
+            # a row that is larger than a budget goes alone
+            while current.waiting and copies > 0 and (left >= size or not spent) and self._has_room(size):
                 pull, row = current.waiting.popleft()
                 expected = self._fingerprints(layer, pull.expert)
                 current.copies.append(self._transfer.pull(layer, pull, row, expected))
                 copies, left, spent = copies - 1, left - size, True
+                self.bytes_in_flight += size
                 self.bytes_pulled += size
                 self.rows_pulled += 1
             if current.waiting:
@@ -108,7 +113,7 @@ class Stager:
         while self._incoming:
             first = self._incoming[0]
             while first.copies and first.copies[0].done:
-                ended = first.copies.popleft()
+                ended = self._pop(first)
                 first.failed |= ended.error is not None
                 error = error or ended.error
             if first.failed or first.copies or first.waiting:
@@ -156,14 +161,23 @@ class Stager:
     def _open(self, entry: PreparedEntry) -> Incoming:
         """Make the plan's next entry the newest incoming one; there are rows for it."""
         rows = [self._free.pop() for _ in entry.pulls]
-        incoming = Incoming(entry, rows, deque(zip(entry.pulls, rows, strict=True)))
+        row_bytes = self._transfer.weights.slot_bytes[entry.layer]
+        incoming = Incoming(entry, rows, row_bytes, deque(zip(entry.pulls, rows, strict=True)))
         self._incoming.append(incoming)
         self._next += 1
         return incoming
 
+    def _has_room(self, row_bytes: int) -> bool:
+        return not self.bytes_in_flight or self.bytes_in_flight + row_bytes <= self._settings.pull_bytes_in_flight
+
+    def _pop(self, incoming: Incoming) -> Completion[None]:
+        """The oldest copy, which has ended."""
+        self.bytes_in_flight -= incoming.row_bytes
+        return incoming.copies.popleft()
+
     def _ended(self, orphan: Incoming) -> bool:
         while orphan.copies and orphan.copies[0].done:
-            orphan.copies.popleft()
+            self._pop(orphan)
         if orphan.copies:
             return False
         self._free += orphan.rows

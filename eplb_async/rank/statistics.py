@@ -20,6 +20,8 @@ class HookPhase(Enum):
     ISSUE = "issue"
     RECORD = "record"
 
+    __hash__ = object.__hash__  # see Phase
+
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True):
     """Host time of one phase in microseconds: percentiles over the newest steps that ran it, maximum since attach."""
@@ -41,7 +43,8 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
         staging_bytes: memory for staging rows.
         draining: pulls of a dropped plan still run; the next plan waits for them on all ranks.
         last_error: why this rank last asked for a drop, or "".
-        times: per phase of the hook; COMMIT only over steps that committed or dropped something.
+        times: per phase of the hook; COMMIT only over steps that committed or dropped something, POLL and ISSUE only over those in
+            which anything was to be done.
     """
 
     step: int

@@ -65,6 +65,7 @@ class TorchDistExchange:
         self._posted: deque[tuple[int, torch.Tensor, Work]] = deque()
         self._newest = Reduced(FIRST_COUNTER, FIRST_COUNTER, 0, NO_PLAN, NO_PLAN)
         self._newest_step = -self._every
+        self._last = (FIRST_COUNTER, FIRST_COUNTER, 0, NO_PLAN)
         self._failed = False
         # an engine that ends without a detach must not wait for what is pending either
         self._abort = weakref.finalize(self, abort, group, self._others)
@@ -76,6 +77,7 @@ class TorchDistExchange:
             PeerLost: a connection is closed.
         """
         self._words.publish(self._rank, step, counters)
+        self._last = counters
         if step % self._every:
             return
         vector = vector_of(counters)
@@ -84,6 +86,16 @@ class TorchDistExchange:
         except RuntimeError as error:
             raise self._lost(step, 0.0, error) from error
         self._posted.append((step, vector, work))
+
+    def repeat(self, step: int, collected: int) -> bool:
+        """See Exchange. Waits, as `collect` does.
+
+        Raises:
+            PeerLost: as in `publish` and `collect`.
+        """
+        staged, committed, error, digest = self._last
+        self.publish(step, self._last)
+        return self.collect(collected) == Reduced(staged, committed, error, digest, digest)
 
     def collect(self, step: int) -> Reduced:
         """The reduced words of the last step up to `step` whose words were posted; waits for them alone.

@@ -11,7 +11,10 @@ from eplb_async.core.placement import EMPTY, IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.weights import WeightRows
 
-__all__ = ["ExpertFingerprints", "slot_fingerprints"]
+__all__ = ["ExpertFingerprints", "SampledFingerprints", "slot_fingerprints"]
+
+SAMPLE_EVERY = 8
+"""Of so many received rows one is compared where not all are."""
 
 
 def slot_fingerprints(
@@ -72,3 +75,15 @@ class ExpertFingerprints:
     def of(self, layer: int, expert: int) -> Sequence[int]:
         """One number per tensor of the layer."""
         return self._experts[layer][expert]
+
+
+class SampledFingerprints:
+    """Those of every eighth row asked for: a source that is wrong is found soon, though not before the first wrong commit."""
+
+    def __init__(self, fingerprints: ExpertFingerprints) -> None:
+        self._fingerprints, self._asked = fingerprints, 0
+
+    def of(self, layer: int, expert: int) -> Sequence[int] | None:
+        """As ExpertFingerprints.of, or None for a row that is not to be compared."""
+        self._asked += 1
+        return self._fingerprints.of(layer, expert) if self._asked % SAMPLE_EVERY == 1 else None

@@ -177,6 +177,54 @@ define i64 @reduce_step(i64 %block) {
   %missing = call i64 @reduce_words(i64 %first, i64 %ranks, i64 %stride, i64 %step, i64 %out)
   ret i64 %missing
 }
+; Both, and whether every rank said in the reduced step what this one has just published. 1: yes. 0: no, or a word is missing.
+define i64 @repeat_step(i64 %block) {
+  call void @publish_step(i64 %block)
+  %missing = call i64 @reduce_step(i64 %block)
+  %whole = icmp eq i64 %missing, -1
+  %same0 = call i1 @equal_fields(i64 %block, i64 4, i64 12)
+  %same1 = call i1 @equal_fields(i64 %block, i64 5, i64 13)
+  %same2 = call i1 @equal_fields(i64 %block, i64 6, i64 14)
+  %same3 = call i1 @equal_fields(i64 %block, i64 7, i64 15)
+  %same4 = call i1 @equal_fields(i64 %block, i64 7, i64 16)
+  %a = and i1 %whole, %same0
+  %b = and i1 %same1, %same2
+  %c = and i1 %same3, %same4
+  %d = and i1 %a, %b
+  %e = and i1 %c, %d
+  %result = zext i1 %e to i64
+  ret i64 %result
+}
+
+; Claims the next record of a load ring; see ring.py. block: 0 address of `reserved`, 1 first record, 2 bytes of one, 3 how many,
+; 4 records finished so far, 5 to 8 the record's fields. Returns its address.
+define i64 @claim_record(i64 %block) {
+  %reserved = call i64 @field(i64 %block, i64 0)
+  %first = call i64 @field(i64 %block, i64 1)
+  %size = call i64 @field(i64 %block, i64 2)
+  %number = call i64 @field(i64 %block, i64 3)
+  %written = call i64 @field(i64 %block, i64 4)
+  %next = add i64 %written, 1
+  call void @store_then_fence(i64 %reserved, i64 %next)
+  %place = urem i64 %written, %number
+  %offset = mul i64 %place, %size
+  %record = add i64 %first, %offset
+  %step = call i64 @field(i64 %block, i64 5)
+  %phase = call i64 @field(i64 %block, i64 6)
+  %version = call i64 @field(i64 %block, i64 7)
+  %tokens = call i64 @field(i64 %block, i64 8)
+  call void @set_field(i64 %record, i64 0, i64 %step)
+  call void @set_field(i64 %record, i64 1, i64 %phase)
+  call void @set_field(i64 %record, i64 2, i64 %version)
+  call void @set_field(i64 %record, i64 3, i64 %tokens)
+  ret i64 %record
+}
+define private i1 @equal_fields(i64 %block, i64 %one, i64 %two) alwaysinline {
+  %a = call i64 @field(i64 %block, i64 %one)
+  %b = call i64 @field(i64 %block, i64 %two)
+  %same = icmp eq i64 %a, %b
+  ret i1 %same
+}
 """
 
 
@@ -192,6 +240,8 @@ class Atomics(NamedTuple):
         reduce_words: (first record, ranks, stride in bytes, step, address of five int64 for the result) -> -1, or the
             first rank whose record is not of that step, with the step found in the first of the five.
         publish_step, reduce_step: the two above for one step of one rank, arguments in a block (see the source).
+        repeat_step: both of them -> 1 if all words of the reduced step equal the one just published.
+        claim_record: the next record of a ring, arguments in a block -> its address.
     """
 
     load_acquire: Callable[[int], int]
@@ -202,6 +252,8 @@ class Atomics(NamedTuple):
     reduce_words: Callable[[int, int, int, int, int], int]
     publish_step: Callable[[int], None]
     reduce_step: Callable[[int], int]
+    repeat_step: Callable[[int], int]
+    claim_record: Callable[[int], int]
 
 
 def _closed(*_: int) -> NoReturn:
@@ -220,6 +272,8 @@ _SHAPES = {  # name -> (returns a value, number of arguments)
     "reduce_words": (True, 5),
     "publish_step": (False, 1),
     "reduce_step": (True, 1),
+    "repeat_step": (True, 1),
+    "claim_record": (True, 1),
 }
 
 # the code lives as long as its engine; lru_cache keeps both for the life of the process

@@ -14,6 +14,7 @@ Without `reserved` a reader could not know that a record it copied was being ove
 of before, it would come too late. What the reader finds overwritten is counted as lost.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import msgspec
@@ -31,6 +32,7 @@ LAYOUT = "ring: reserved 64, published 64, taken 64; record step phase version t
 _RESERVED, _PUBLISHED, _TAKEN, _RECORDS = 0, 64, 128, 192
 _COUNTS = 64
 PHASES = tuple(Phase)
+_PHASE_NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 
 
 class RingInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,7 +71,11 @@ class Batch:
 
 
 class LoadRing:
-    """A mapped ring. The rank uses begin and publish, the daemon read; never both in one object's life."""
+    """A mapped ring. The rank uses begin and publish, the daemon read; never both in one object's life.
+
+    Attributes:
+        published_address: where the number of published records is, an aligned 64-bit word.
+    """
 
     def __init__(self, segment: Segment, info: RingInfo) -> None:
         self.segment, self.info = segment, info
@@ -81,6 +87,10 @@ class LoadRing:
         counts = self._bytes[:, _COUNTS:last].view(np.int32)
         self._counts = counts.reshape(info.num_records, info.num_layers, info.width)
         self._written = self._atomics.load_acquire(self._address + _PUBLISHED)
+        self.published_address = self._address + _PUBLISHED
+        first = self._address + _RECORDS
+        self._block = (ctypes.c_int64 * 9)(self._address + _RESERVED, first, size, info.num_records, self._written)
+        self._block_address = ctypes.addressof(self._block)
 
     @classmethod
     def create(cls, info: RingInfo, incarnation: int) -> "LoadRing":
@@ -115,12 +125,14 @@ class LoadRing:
         Returns:
             Where to write the counts, int32 [L, width], until `publish`.
         """
-        counts: NDArray[np.int32] = self._counts[self._claim(step, phase, version, tokens)]
+        self.claim(step, phase, version, tokens)
+        counts: NDArray[np.int32] = self._counts[self._written % self.info.num_records]
         return counts
 
     def publish(self) -> None:
         """Finish the record that `begin` claimed, once its counts are there."""
-        self._atomics.store_release(self.published_address, self.finish())
+        self.finish()
+        self.publish_finished()
 
     def claim(self, step: int, phase: Phase, version: int, tokens: int) -> int:
         """As `begin`, for a device that writes the counts and publishes by itself: the address to write them to.
@@ -128,24 +140,18 @@ class LoadRing:
         The record of `finish`, which must follow, is published when the number that it returns is at `published_address`. A
         device may be behind by several records, if it publishes them in order.
         """
-        place = self._claim(step, phase, version, tokens)
-        return self._address + _RECORDS + place * self.info.record_bytes + _COUNTS
+        self._block[5:] = [step, _PHASE_NUMBERS[phase], version, tokens]
+        return self._atomics.claim_record(self._block_address) + _COUNTS
 
     def finish(self) -> int:
         """The number to publish for the record that was claimed last."""
         self._written += 1
+        self._block[4] = self._written
         return self._written
 
-    @property
-    def published_address(self) -> int:
-        """Where the number of published records is, an aligned 64-bit word."""
-        return self._address + _PUBLISHED
-
-    def _claim(self, step: int, phase: Phase, version: int, tokens: int) -> int:
-        self._atomics.store_then_fence(self._address + _RESERVED, self._written + 1)
-        place = self._written % self.info.num_records
-        self._fields[place] = (step, PHASES.index(phase), version, tokens)
-        return place
+    def publish_finished(self) -> None:
+        """Publish all finished records, on behalf of a device that has written them."""
+        self._atomics.store_release(self.published_address, self._written)
 
     def read(self, most: int = 1 << 30) -> Batch:
         """All records since the last read, at most `most`. Only the daemon calls this; it never blocks the writer."""

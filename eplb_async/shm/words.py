@@ -227,6 +227,12 @@ class AgreementWords:
             return missing, block[12]
         return Reduced(*block[12:17])
 
+    def repeat(self, step: int, collected: int) -> bool:
+        """Publish the counters of the last `publish` again, for another step; true if all words of `collected` equal them."""
+        block = self._block
+        block[3], block[11] = step, collected
+        return self._atomics.repeat_step(self._block_address) == 1
+
     def newest(self, rank: int) -> Word | None:
         """The newest word of a rank, for daemons; None if none can be read whole (it steps too fast, or never did)."""
         for _ in range(16):

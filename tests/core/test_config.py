@@ -18,7 +18,7 @@ EXAMPLE = """
 runtime_dir = "/run/file"
 [hook]
 lag = 3
-verify = false
+verify = "off"
 peer_deadline_s = 5
 [daemon]
 policy = "static"
@@ -39,7 +39,7 @@ def test_defaults_without_file_and_environment() -> None:
     """Nothing given is the documented defaults."""
     settings = load_settings(None, {})
     assert settings == Settings()
-    assert (settings.hook.lag, settings.hook.history, settings.hook.verify) == (2, 64, True)
+    assert (settings.hook.lag, settings.hook.history, settings.hook.verify) == (2, 64, "all")
     assert (settings.daemon.policy, settings.daemon.policy_options, settings.daemon.exit_when_idle_s) == (
         "default",
         {},
@@ -51,7 +51,7 @@ def test_file_goes_over_defaults(file: Path) -> None:
     """What the file says holds, the rest keeps its default; a whole number is a fine number of seconds."""
     settings = load_settings(file, {})
     assert settings.runtime_dir == "/run/file"
-    assert settings.hook == HookSettings(lag=3, verify=False, peer_deadline_s=5.0)
+    assert settings.hook == HookSettings(lag=3, verify="off", peer_deadline_s=5.0)
     options = {"path": "x.npz", "layers": [1, 2]}
     assert settings.daemon == DaemonSettings(policy="static", policy_options=options, min_gain=0.5)
 
@@ -62,7 +62,7 @@ def test_environment_goes_over_the_file(file: Path) -> None:
         "EPLB_ASYNC_CONFIG": str(file),
         "EPLB_ASYNC_RUNTIME_DIR": "/run/environ",
         "EPLB_ASYNC_HOOK_LAG": "4",
-        "EPLB_ASYNC_HOOK_VERIFY": "true",
+        "EPLB_ASYNC_HOOK_VERIFY": "all",
         "EPLB_ASYNC_HOOK_PEER_DEADLINE_S": "2.5",
         "EPLB_ASYNC_DAEMON_POLICY": "random",
         "EPLB_ASYNC_DAEMON_POLICY_OPTIONS": '{"seed": 3}',
@@ -71,7 +71,7 @@ def test_environment_goes_over_the_file(file: Path) -> None:
     }
     settings = load_settings(None, environ)
     assert settings.runtime_dir == "/run/environ"
-    assert settings.hook == HookSettings(lag=4, verify=True, peer_deadline_s=2.5)
+    assert settings.hook == HookSettings(lag=4, verify="all", peer_deadline_s=2.5)
     assert settings.daemon == DaemonSettings(policy="random", policy_options={"seed": 3}, min_gain=0.5)
 
 
@@ -97,7 +97,7 @@ def test_pair_that_fits_only_together_is_accepted() -> None:
         ("[hooks]\nlag = 3", ["unknown field `hooks`", "Known: runtime_dir, hook, daemon"]),
         ('[hook]\nlag = "3"', ["Expected `int`", "$.hook.lag"]),
         ("[hook]\nlag = 2.5", ["Expected `int`"]),
-        ("[hook]\nverify = 1", ["Expected `bool`"]),
+        ("[hook]\nverify = true", ["Expected `str`"]),
         ("hook = 3", ["Expected `object`"]),
         ("[hook]\nlag = 0", ["`lag` is 0", "at least 1"]),
         ("[hook]\nlag = 32", ["`history` is 64", "at least 66"]),
@@ -174,7 +174,11 @@ SECONDS = st.floats(min_value=1e-9, allow_nan=False) | st.just(math.inf)
 @hypothesis_settings(max_examples=40)
 @given(
     hook=_some(
-        HookSettings, lag=st.integers(1, 31), verify=st.booleans(), peer_deadline_s=SECONDS, plan_deadline_s=SECONDS
+        HookSettings,
+        lag=st.integers(1, 31),
+        verify=st.sampled_from(["all", "sample", "off"]),
+        peer_deadline_s=SECONDS,
+        plan_deadline_s=SECONDS,
     ),
     daemon=_some(
         DaemonSettings,

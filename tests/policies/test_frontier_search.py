@@ -161,6 +161,15 @@ def test_worked_examples_of_the_state() -> None:
     assert state.row_P.tolist() == [3, 1, 2, 0]
 
 
+def test_worked_example_of_the_relief() -> None:
+    """The numbers in the docstring of `refresh_relief` are right."""
+    nodes = (np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64), 2)
+    row = np.array([0, 1], dtype=np.int32)
+    state = state_of(np.array([[1.5], [0.5]]), row, row, nodes, (1.0, 0.0))
+    _frontier_state.refresh_relief(state)
+    assert state.relief_E == pytest.approx([0.501875, 0.0])
+
+
 def test_worked_example_of_the_gain() -> None:
     """The numbers in the docstring of `replace_gain` are right."""
     nodes = (np.zeros(3, dtype=np.int64), np.zeros(2, dtype=np.int64), 2)
@@ -210,6 +219,11 @@ def test_state_follows_every_step(seed: int, windows: int, nodes: int) -> None:
         fresh = layers.state(0, waterline=1.1)
         np.testing.assert_allclose(state.load_RT, fresh.load_RT, atol=1e-9)
         np.testing.assert_allclose(state.above_R, fresh.above_R, atol=1e-9)
+        for each in (state, fresh):
+            _frontier_state.refresh_relief(each)
+        np.testing.assert_array_equal(state.over_R, fresh.over_R)
+        np.testing.assert_allclose(state.relief_E, fresh.relief_E, atol=1e-9)
+        np.testing.assert_allclose(state.splits_E, fresh.splits_E, atol=1e-9)
         np.testing.assert_array_equal(state.count_E, fresh.count_E)
         np.testing.assert_array_equal(state.on_ER, fresh.on_ER)
         np.testing.assert_array_equal(np.sort(state.host_EK, axis=1), np.sort(fresh.host_EK, axis=1))

@@ -15,6 +15,19 @@ def rows(*values: list[int]) -> NDArray[np.int32]:
     return np.array(values, dtype=np.int32)
 
 
+def sparse(score: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The pairs that score, row by row, as `assign` takes them."""
+    row_M, column_M = score.nonzero()
+    return np.searchsorted(row_M, np.arange(len(score) + 1)), column_M, score[row_M, column_M]
+
+
+def dense(first_N: NDArray[np.int64], column_M: NDArray[np.int64], score_M: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The matrix of these pairs."""
+    score = np.zeros((len(first_N) - 1, len(first_N) - 1), dtype=np.int64)
+    score[np.repeat(np.arange(len(score)), np.diff(first_N)), column_M] = score_M
+    return score
+
+
 def draw_bins(
     seed: int, num_layers: int = 4, ranks: int = 6, per_rank: int = 4
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -35,8 +48,10 @@ def test_keep_slots_equals_its_twin(seed: int) -> None:
 def test_worked_examples() -> None:
     """The numbers in the docstrings are right."""
     assert _matching.keep_slots(rows([3, 1, 2]), rows([1, 0, 3]), 3).tolist() == [[1, 2, 3]]
-    assert _matching.shared_experts(rows([0, 0, 1, 2])[0], rows([0, 1, 0, 0])[0], 3, 2).tolist() == [[1, 2], [1, 0]]
-    assert _matching.assign(np.array([[1, 2], [1, 0]])).tolist() == [1, 0]
+    pairs = _matching.shared_experts(rows([0, 0, 1, 2])[0], rows([0, 1, 0, 0])[0], 3, 2)
+    assert [array.tolist() for array in pairs] == [[0, 2, 3], [0, 1, 0], [1, 2, 1]]
+    assert dense(*pairs).tolist() == [[1, 2], [1, 0]]
+    assert _matching.assign(*pairs).tolist() == [1, 0]
     assert _matching.match_ranks(rows([0, 1, 2, 3]), rows([3, 2, 0, 5]), 6, 2, 1).tolist() == [[2, 3, 0, 1]]
 
 
@@ -45,7 +60,8 @@ def test_shared_experts_equals_its_twin(seed: int) -> None:
     """Multiset intersections, empty slots shared with nobody."""
     planned, live = draw_bins(seed)
     shared = _matching.shared_experts(planned[0], live[0], 16, 4)
-    np.testing.assert_array_equal(shared, twins.shared_experts_twin(planned[0], live[0], 4))
+    np.testing.assert_array_equal(dense(*shared), twins.shared_experts_twin(planned[0], live[0], 4))
+    assert (shared[2] > 0).all()
 
 
 @settings(deadline=None, max_examples=150)
@@ -55,9 +71,24 @@ def test_assign_is_optimal(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 6))
     score = np.array(data.draw(st.lists(st.integers(0, 9), min_size=size**2, max_size=size**2)), dtype=np.int64)
     score = score.reshape(size, size)
-    columns = _matching.assign(score)
+    columns = _matching.assign(*sparse(score))
     assert sorted(columns.tolist()) == list(range(size))
     assert score[np.arange(size), columns].sum() == twins.best_assignment_score(score)
+    assert score[np.arange(size), twins.assign_twin(score)].sum() == twins.best_assignment_score(score)
+
+
+@pytest.mark.parametrize(("ranks", "per_rank"), [(40, 2), (64, 5), (96, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_assign_is_optimal_on_many_ranks(ranks: int, per_rank: int, seed: int) -> None:
+    """The dense Hungarian method, one row after the other, finds no greater sum; few experts have many replicas."""
+    random = np.random.default_rng(seed)
+    experts = ranks * per_rank // 2
+    share_E = 1.0 / np.arange(1, experts + 1)
+    planned, live = random.choice(experts, size=(2, ranks * per_rank), p=share_E / share_E.sum()).astype(np.int32)
+    score = twins.shared_experts_twin(planned, live, per_rank)
+    columns = _matching.assign(*_matching.shared_experts(planned, live, experts, per_rank))
+    assert sorted(columns.tolist()) == list(range(ranks))
+    assert score[np.arange(ranks), columns].sum() == score[np.arange(ranks), twins.assign_twin(score)].sum()
 
 
 @pytest.mark.parametrize("seed", range(3))

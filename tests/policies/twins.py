@@ -14,6 +14,7 @@ from eplb_async.core.spec import MoESpec, Topology
 
 __all__ = [
     "all_placements",
+    "assign_twin",
     "best_assignment_score",
     "default_twin",
     "keep_slots_twin",
@@ -180,6 +181,37 @@ def shared_experts_twin(planned_Q: IntArray, live_Q: IntArray, width: int) -> ND
     planned = [Counter(stretch.tolist()) for stretch in planned_Q.reshape(-1, width)]
     live = [Counter(stretch[stretch >= 0].tolist()) for stretch in live_Q.reshape(-1, width)]
     return np.array([[(one & other).total() for other in live] for one in planned], dtype=np.int64)
+
+
+def assign_twin(score: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`_matching.assign` on the whole matrix: rows enter one by one, each by the cheapest chain of reassignments.
+
+    Columns differ where several sets of them have the same sum.
+    """
+    size = len(score)
+    row_price, column_price = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    row_of = [-1] * size
+    for entering in range(size):
+        distance = np.full(size, np.iinfo(np.int64).max)
+        came_from, done = np.full(size, -1), np.zeros(size, dtype=bool)
+        row, current, length = entering, -1, 0
+        while row >= 0:
+            step = length - score[row] - row_price[row] - column_price
+            shorter = ~done & (step < distance)
+            distance[shorter], came_from[shorter] = step[shorter], current
+            current = int(np.where(done, np.iinfo(np.int64).max, distance).argmin())
+            length, row = int(distance[current]), row_of[current]
+            done[current] = True
+        reached = [column for column in np.flatnonzero(done) if column != current]
+        row_price[entering] += length
+        for column in reached:
+            row_price[row_of[column]] += length - distance[column]
+            column_price[column] -= length - distance[column]
+        while current >= 0:
+            before = int(came_from[current])
+            row_of[current] = entering if before < 0 else row_of[before]
+            current = before
+    return np.argsort(row_of)
 
 
 def best_assignment_score(score: NDArray[np.int64]) -> int:

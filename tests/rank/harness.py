@@ -13,9 +13,10 @@ Processes come from a fork server that has torch loaded, so that starting one ta
 import functools
 import multiprocessing
 import multiprocessing.connection
+import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,6 +37,8 @@ from eplb_async.shm.gc import collect_garbage
 __all__ = ["TENSORS", "Actor", "RankGroup", "RankOptions", "expert_bytes", "hook_settings", "make_weights", "run_step"]
 
 ANSWER_S = 60.0
+DEVICE = os.environ.get("EPLB_TEST_DEVICE", "cpu")
+"""cuda runs ranks on GPUs, rank r on number r modulo how many there are: `make test-gpu` repeats some tests so."""
 TENSORS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
     "w": (torch.bfloat16, (3, 20)),
     "scale": (torch.float32, ()),
@@ -85,6 +88,7 @@ class RankOptions:
         load_width, load_kind: of the load tensor; E by default.
         pause_s: time that each forward takes, of this rank.
         store_port: of a TCPStore on this host in which ranks of several nodes meet; 0: one node.
+        device: of weights, load and maps; "cuda" is one of them by rank.
     """
 
     group: str
@@ -97,6 +101,7 @@ class RankOptions:
     load_kind: LoadKind | None = None
     pause_s: float = 0.0
     store_port: int = 0
+    device: str = DEVICE
 
 
 class Actor:
@@ -105,9 +110,10 @@ class Actor:
     def __init__(self, options: RankOptions) -> None:
         self.options, self.spec = options, options.spec
         self.hook: RankHook
-        self.weights: SharedWeights | None = None
         self.store: TCPStore | None = None
-        self.load = torch.zeros(self.spec.num_layers, options.load_width or self.spec.num_experts, dtype=torch.int32)
+        self.weights: SharedWeights | list[dict[str, torch.Tensor]] | None = None
+        width = options.load_width or self.spec.num_experts
+        self.load = torch.zeros(self.spec.num_layers, width, dtype=torch.int32, device=options.device)
         self.step_number = 0
 
     def attach(self, placement: IntArray | None = None) -> None:
@@ -117,7 +123,10 @@ class Actor:
         if self.weights is None:
             loaded_LP = initial_placement(self.spec) if placement is None else placement
             loaded = make_weights(self.spec, loaded_LP, options.rank)
-            self.weights = share_weights(options.group, options.rank, loaded)
+            if options.device == "cpu":
+                self.weights = share_weights(options.group, options.rank, loaded)
+            else:
+                self.weights = [{name: tensor.to(options.device) for name, tensor in layer.items()} for layer in loaded]
         self.step_number = 0
         if options.store_port and self.store is None:
             self.store = TCPStore("127.0.0.1", options.store_port, is_master=False)
@@ -144,7 +153,7 @@ class Actor:
         for layer, tensors in enumerate(self.weights or ()):
             for slot, expert in enumerate(hook.slot_to_expert_LP[layer, first : first + width].tolist()):
                 for index, tensor in enumerate(tensors.values()):
-                    found = tensor.reshape(width, -1)[slot].view(torch.uint8).numpy()
+                    found = tensor.reshape(width, -1)[slot].view(torch.uint8).cpu().numpy()
                     if expert >= 0 and not np.array_equal(found, expert_bytes(layer, expert, index)):
                         wrong.append(
                             f"rank {hook.rank} layer {layer} slot {slot}: tensor {index} is not expert {expert}'s"
@@ -167,9 +176,9 @@ class Actor:
     def close(self) -> None:
         """Detach and remove the weights."""
         self.detach()
-        if self.weights is not None:
+        if isinstance(self.weights, SharedWeights):
             self.weights.close()
-            self.weights = None
+        self.weights = None
 
 
 def run_step(actor: Actor, phase: str = "decode") -> tuple[int, int]:
@@ -178,7 +187,7 @@ def run_step(actor: Actor, phase: str = "decode") -> tuple[int, int]:
     with hook.step(phase, num_tokens=7):
         actor.load += 1
         maps = hook.slot_to_expert_LP, hook.dispatch_table_LEK, hook.dispatch_count_LE
-        digest = hash(tuple(tensor.numpy().tobytes() for tensor in maps))
+        digest = hash(tuple(tensor.cpu().numpy().tobytes() for tensor in maps))
         if actor.options.pause_s:
             time.sleep(actor.options.pause_s)
     actor.step_number += 1
@@ -187,6 +196,10 @@ def run_step(actor: Actor, phase: str = "decode") -> tuple[int, int]:
 
 def _serve(pipe: "multiprocessing.connection.Connection[Any, Any]", options: RankOptions) -> None:
     torch.set_num_threads(1)
+    if options.device == "cuda":
+        options = replace(options, device=f"cuda:{options.rank % torch.cuda.device_count()}")
+    if options.device != "cpu":
+        torch.cuda.set_device(options.device)
     actor = Actor(options)
     while True:
         try:

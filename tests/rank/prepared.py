@@ -8,7 +8,7 @@ import torch
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.plan_reader import PreparedEntry, PreparedPlan, Snapshot
 from eplb_async.rank.streams import Completion, HostStream
-from eplb_async.rank.transfer.base import Pull, Transfer
+from eplb_async.rank.transfer.base import Copy, Pull, Transfer
 from eplb_async.rank.weights import WeightRows
 
 __all__ = ["ROW_BYTES", "HeldTransfer", "held_transfer", "prepared"]
@@ -43,7 +43,7 @@ class HeldTransfer(Transfer):
     def flush(self) -> None:
         """See Transfer."""
 
-    def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
+    def commit(self, layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy]) -> Completion[None]:
         """See Transfer."""
         self.commits.append((layer, list(rows), Completion()))
         return self.commits[-1][-1]

@@ -166,11 +166,11 @@ def damage(actor: Actor) -> None:
 
 def test_ranks_must_agree_on_verification(group: str, runtime_dir: Path) -> None:
     """A rank that verifies needs everybody's fingerprints, and says who has none."""
-    each = [{"settings": hook_settings(runtime_dir, verify=verify, attach_deadline_s=1.0)} for verify in (True, False)]
+    each = [{"settings": hook_settings(runtime_dir, verify=verify, attach_deadline_s=1.0)} for verify in ("all", "off")]
     with RankGroup(group, PAIR, hook_settings(runtime_dir), each=each) as ranks:
         error = ranks.outcomes("attach")[0]
         assert isinstance(error, SpecMismatch)
-        assert "hook.verify is True here and False on rank 1" in str(error)
+        assert "hook.verify is all here and off on rank 1" in str(error)
         ranks.all("detach")
         assert only_weights(group)
 

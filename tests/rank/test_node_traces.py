@@ -103,7 +103,7 @@ def test_other_words_than_the_vector_are_caught(group: str, runtime_dir: Path, h
     """I7: `decided` is then not what the vector of that step makes it."""
     # vectors have time to come early
     options: dict[str, Any] = {"hook_class": hook_class, "pause_s": 0.01}
-    with NodeGroup(group, PLAIN, runtime_dir, options, reduce_every=2, lag=6, verify=False) as ranks:
+    with NodeGroup(group, PLAIN, runtime_dir, options, reduce_every=2, lag=6, verify="off") as ranks:
         ranks.attach()
         daemons = Daemons(ranks)
         start = daemons.rows_LP.tolist()

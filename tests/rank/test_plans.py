@@ -130,8 +130,8 @@ def test_bytes_that_are_not_the_experts_drop_the_plan(group: str, runtime_dir: P
 
 
 def test_without_verification_bytes_are_taken_as_they_are(group: str, runtime_dir: Path) -> None:
-    """verify=False: nothing is compared, so a changed expert moves like any other."""
-    with RankGroup(group, PAIR, hook_settings(runtime_dir, verify=False)) as ranks:
+    """Verify off: nothing is compared, so a changed expert moves like any other."""
+    with RankGroup(group, PAIR, hook_settings(runtime_dir, verify="off")) as ranks:
         ranks.attach()
         daemon = Publisher(group, PAIR)
         ranks.ask(1, "call", corrupt, 1, 0)

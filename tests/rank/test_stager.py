@@ -45,6 +45,29 @@ def test_at_least_one_row_is_issued(transfer: HeldTransfer) -> None:
     assert len(transfer.pulls) == 1
 
 
+def test_bytes_in_flight_are_bounded(transfer: HeldTransfer) -> None:
+    """What has not ended counts, over steps and entries; at least one row is on its way."""
+    stager = stager_of(transfer, pull_bytes_in_flight=2 * ROW_BYTES + 1)
+    stager.start(prepared((0, 3), (1, 1)))
+    stager.issue(FIRST_COUNTER)
+    stager.issue(FIRST_COUNTER)
+    assert len(transfer.pulls) == 2
+    transfer.pulls[0][-1].done = True
+    stager.poll()
+    assert stager.bytes_in_flight == ROW_BYTES
+    stager.issue(FIRST_COUNTER)
+    assert len(transfer.pulls) == 3
+    transfer.end_pulls()
+    stager.poll()
+    assert stager.bytes_in_flight == 0
+    stager.drop([])
+    small = stager_of(transfer, pull_bytes_in_flight=1)
+    small.start(prepared((0, 2)))
+    small.issue(FIRST_COUNTER)
+    small.issue(FIRST_COUNTER)
+    assert len(transfer.pulls) == 4
+
+
 def test_entries_count_as_staged_in_order(transfer: HeldTransfer) -> None:
     """I1: a later entry that is complete waits for those before it; an entry without pulls is complete at once."""
     stager = stager_of(transfer)

@@ -200,7 +200,7 @@ def test_drops_are_a_behaviour_of_the_model(
 
 def variant_group(group: str, runtime_dir: Path, hook_class: type[RankHook], **fields: object) -> RankGroup:
     """Two ranks of a variant that do not verify bytes, so that nothing but the missing rule stops them."""
-    settings = hook_settings(runtime_dir, staging_rows=ROWS, verify=False, **fields)
+    settings = hook_settings(runtime_dir, staging_rows=ROWS, verify="off", **fields)
     return RankGroup(group, PAIR, settings, hook_class=hook_class)
 
 

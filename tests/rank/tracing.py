@@ -11,7 +11,7 @@ from eplb_async.core.plan import NO_PLAN, generation_of, position_of
 from eplb_async.rank.agreement import Agreement, Decision, PlanFacts
 from eplb_async.rank.hook import RankHook
 from eplb_async.rank.streams import Completion
-from eplb_async.rank.transfer.base import Pull, Transfer
+from eplb_async.rank.transfer.base import Copy, Pull, Transfer
 from eplb_async.rank.transfer.shm import ShmTransfer
 from eplb_async.shm.words import Reduced
 
@@ -95,6 +95,7 @@ class TracedHook(RankHook):
     """A hook whose agreement and forwards are recorded."""
 
     agreement_class: type[Agreement] = TracedAgreement
+    may_repeat = False
 
     @property
     def events(self) -> list[Event]:
@@ -135,8 +136,8 @@ def delay_commits(transfer: Transfer, polls: int) -> None:
     """Make a transfer's commits asynchronous, as on a GPU: each runs some steps after it was issued."""
     commit = transfer.commit
 
-    def late(layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
-        return _Late(lambda: commit(layer, list(rows)), polls)
+    def late(layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy]) -> Completion[None]:
+        return _Late(lambda: commit(layer, list(rows), more), polls)
 
     setattr(transfer, "commit", late)  # noqa: B010 (mypy knows that methods cannot be assigned)
 

@@ -14,7 +14,7 @@ from eplb_async.rank.transfer.base import StagingRows
 
 __all__ = ["BatchChecker"]
 
-PROGRAMS = 16
+PROGRAMS = 64
 """Programs of a batch beside the forward, over all its pieces: what they take of the multiprocessors is little, and lasts longer."""
 
 
@@ -24,7 +24,7 @@ class BatchChecker:
     def __init__(self, staging: StagingRows, driver: CudaDriver, stream: torch.cuda.Stream) -> None:
         rows, pieces = staging.num_rows, staging.num_rows * staging.most_tensors
         self._driver, self._stream = driver, stream
-        self._kernel = DeviceFingerprints(stream.device)
+        self._kernel = DeviceFingerprints(stream.device, driver)
         self._tables_R = torch.empty((rows, pieces, 2), dtype=torch.int64, pin_memory=True)
         self._zeros = torch.zeros(pieces, dtype=torch.int64, pin_memory=True)
         self._results_R = torch.empty((rows, pieces), dtype=torch.int64, pin_memory=True)
@@ -43,12 +43,9 @@ class BatchChecker:
 
     def launch(self, first: int, number: int) -> None:
         """Compute the fingerprints behind what is on the stream, and bring them to the host."""
-        with torch.cuda.stream(self._stream):
-            self._kernel.add(
-                self._device_tables_R[first, :number], self._sums_R[first, :number], -(-PROGRAMS // number)
-            )
-        target, source = self._results_R[first].data_ptr(), self._sums_R[first].data_ptr()
-        self._driver.copy(target, source, 8 * number, self._stream.cuda_stream)
+        stream = self._stream.cuda_stream
+        self._kernel.add(self._device_tables_R[first, :number], self._sums_R[first], -(-PROGRAMS // number), stream)
+        self._driver.copy(self._results_R[first].data_ptr(), self._sums_R[first].data_ptr(), 8 * number, stream)
 
     def results(self, first: int) -> list[int]:
         """The fingerprints of a batch that has ended, in the order of its pieces."""

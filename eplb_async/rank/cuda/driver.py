@@ -75,6 +75,18 @@ class CudaDriver:
         # without CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER: a system-wide fence comes before the write
         self._check("cuStreamWriteValue64", self._driver.cuStreamWriteValue64(stream, address, value, 0))
 
+    def function(self, handle: int) -> Any:
+        """A loaded kernel, for `launch`."""
+        return self._driver.CUfunction(handle)
+
+    def launch(  # size: the least that a launch needs
+        self, function: Any, grid: tuple[int, int], threads: int, shared: int, stream: int, parameters: int
+    ) -> None:
+        """Launch a kernel; `parameters` is the address of an array of addresses of its arguments."""
+        result = self._driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, shared, stream, parameters, 0)
+        if result[0] != self._success:
+            self._check("cuLaunchKernel", result)
+
     def register(self, address: int, num_bytes: int) -> None:
         """Make host memory, whole pages, reachable for the device under its own address."""
         self._check("cuMemHostRegister", self._driver.cuMemHostRegister(address, num_bytes, 0))

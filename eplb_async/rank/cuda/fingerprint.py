@@ -12,11 +12,12 @@ multiple of 8 are read byte by byte.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from eplb_async.rank.cuda.driver import CudaDriver, load_driver
 from eplb_async.rank.cuda.kernels.fingerprints import fingerprint_pieces_kernel
+from eplb_async.rank.cuda.launch import Launcher
 from eplb_async.rank.fingerprint import BLOCK_WORDS, MULTIPLIER, coefficients
 
 __all__ = ["MAX_BYTES", "DeviceFingerprints", "fingerprint_pieces"]
@@ -43,27 +44,40 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 class DeviceFingerprints:
     """Launches the kernel on one device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, driver: CudaDriver) -> None:
+        """Compiles it, with that device current."""
         self._coefficients, self._powers = _tables(device)
+        self._launch = Launcher(driver, fingerprint_pieces_kernel, 4, (BLOCK_WORDS, STEP_WORDS))
+        self._launch.set(2, self._coefficients.data_ptr())
+        self._launch.set(3, self._powers.data_ptr())
 
-    def add(self, pieces_N2: torch.Tensor, results_N: torch.Tensor, programs: int) -> None:
-        """Add each piece's fingerprint to its result, on the current stream.
+    def add(self, pieces_N2: torch.Tensor, results_N: torch.Tensor, programs: int, stream: int) -> None:
+        """Add each piece's fingerprint to its result.
 
         Args:
             pieces_N2: int64 [N, 2] on the device, address and length in bytes of each piece; lengths 1 to MAX_BYTES.
             results_N: int64 [N] on the device; zero beforehand gives the fingerprints.
             programs: per piece.
+            stream: handle of the stream.
         """
-        grid = (pieces_N2.shape[0], programs)
-        kernel: Any = fingerprint_pieces_kernel[grid]
-        kernel(pieces_N2, results_N, self._coefficients, self._powers, BLOCK_WORDS, STEP_WORDS, num_warps=8)
+        self._launch.set(0, pieces_N2.data_ptr())
+        self._launch.set(1, results_N.data_ptr())
+        self._launch((pieces_N2.shape[0], programs), stream)
+
+
+@functools.cache
+def _on(device: torch.device) -> DeviceFingerprints:
+    with torch.cuda.device(device):
+        return DeviceFingerprints(device, load_driver())
 
 
 def fingerprint_pieces(pieces: Sequence[torch.Tensor]) -> list[int]:
     """Fingerprints of contiguous uint8 tensors on one device, with all of the device; waits for it."""
+    device = pieces[0].device
     table = [(piece.data_ptr(), piece.numel()) for piece in pieces]
-    table_N2 = torch.tensor(table, dtype=torch.int64, device=pieces[0].device)
-    results_N = torch.zeros(len(pieces), dtype=torch.int64, device=pieces[0].device)
-    DeviceFingerprints(pieces[0].device).add(table_N2, results_N, -(-ALL_PROGRAMS // len(pieces)))
+    table_N2 = torch.tensor(table, dtype=torch.int64, device=device)
+    results_N = torch.zeros(len(pieces), dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    _on(device).add(table_N2, results_N, -(-ALL_PROGRAMS // len(pieces)), stream)
     found: list[int] = results_N.tolist()
     return found

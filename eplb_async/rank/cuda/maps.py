@@ -1,13 +1,12 @@
-"""Map tensors on CUDA: rows come from pinned memory, on the compute stream, without a synchronisation."""
+"""Map tensors on CUDA: a commit's kernel copies their rows from pinned memory."""
 
 import torch
 
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
-from eplb_async.rank.cuda.driver import CudaDriver
-from eplb_async.rank.cuda.streams import ComputeStream
 from eplb_async.rank.maps import Maps
 from eplb_async.rank.plan_reader import PreparedEntry
+from eplb_async.rank.transfer.base import Copy
 
 __all__ = ["CudaMaps"]
 
@@ -19,20 +18,21 @@ class CudaMaps(Maps):
     this one too, has said that the one before ended on its device (I12, and I4 between plans): no copy still reads them.
     """
 
-    def __init__(self, placement_LP: IntArray, spec: MoESpec, compute: ComputeStream, driver: CudaDriver) -> None:
-        super().__init__(placement_LP, spec, compute.device)
-        self._compute, self._driver = compute, driver
-        self._targets = (self.slot_to_expert_LP, self.dispatch_table_LEK, self.dispatch_count_LE)
-        # one buffer for all: pinned memory is given out in whole pages
-        layers = [tensor[0].numel() for tensor in self._targets]
-        self._pinned_LW = torch.empty((spec.num_layers, sum(layers)), dtype=torch.int64, pin_memory=True)
-        self._parts = [part.numpy() for part in torch.split(self._pinned_LW, layers, dim=1)]
+    def __init__(self, placement_LP: IntArray, spec: MoESpec, device: torch.device) -> None:
+        super().__init__(placement_LP, spec, device)
+        tensors = (self.slot_to_expert_LP, self.dispatch_table_LEK, self.dispatch_count_LE)
+        pinned = [torch.empty(tensor.shape, dtype=torch.int64, pin_memory=True) for tensor in tensors]
+        self._rows_L = [[part[layer].numpy() for part in pinned] for layer in range(spec.num_layers)]
+        self._copies_L: list[list[Copy]] = [
+            [
+                (tensor[layer].data_ptr(), part[layer].data_ptr(), part[layer].nbytes)
+                for tensor, part in zip(tensors, pinned, strict=True)
+            ]
+            for layer in range(spec.num_layers)
+        ]
+        self._pinned = pinned
 
-    def _write(self, entry: PreparedEntry) -> None:
-        layer, stream = entry.layer, self._compute.current().cuda_stream
-        for pinned, target, row in zip(
-            self._parts, self._targets, (entry.row_P, entry.table_EK, entry.count_E), strict=True
-        ):
-            pinned[layer] = row.numpy().reshape(-1)
-            live = target[layer]
-            self._driver.copy(live.data_ptr(), pinned[layer].ctypes.data, live.nbytes, stream)
+    def _write(self, entry: PreparedEntry) -> list[Copy]:
+        for pinned, row in zip(self._rows_L[entry.layer], (entry.row_P, entry.table_EK, entry.count_E), strict=True):
+            pinned[...] = row.numpy()
+        return self._copies_L[entry.layer]

@@ -42,7 +42,7 @@ class CudaPlatform:
 
     def maps(self, placement_LP: IntArray, spec: MoESpec) -> Maps:
         """See Platform."""
-        return CudaMaps(placement_LP, spec, self._compute, self._driver)
+        return CudaMaps(placement_LP, spec, self._compute.device)
 
     def recorder(self, load: torch.Tensor, ring: LoadRing) -> Recorder:
         """See Platform."""

@@ -18,9 +18,13 @@ from eplb_async.core.errors import SpecError, TransferFailed
 from eplb_async.rank.streams import Completion
 from eplb_async.rank.weights import WeightRows
 
-__all__ = ["Pull", "StagingRows", "Transfer", "other_bytes"]
+__all__ = ["Copy", "Pull", "StagingRows", "Transfer", "other_bytes"]
 
 ALIGNMENT = 64
+
+
+Copy = tuple[int, int, int]
+"""Target and source address and bytes: memory that the device can reach, and nobody writes meanwhile."""
 
 
 class Pull(NamedTuple):
@@ -119,10 +123,10 @@ class Transfer(ABC):
         """Begin all pulls so far that have not begun; called once in a step that pulls."""
 
     @abstractmethod
-    def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
-        """Copy (staging row, own slot) pairs into the live slots, before the next forward reads them.
+    def commit(self, layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy]) -> Completion[None]:
+        """Copy (staging row, own slot) pairs into the live slots, before the next forward reads them, and what `more` says.
 
-        On a device it is issued on the compute stream, behind what is there, and ends with all of that.
+        On a device it is issued on the compute stream, behind what is there. A layer's next commit comes only when this one has ended.
         """
 
     @abstractmethod

@@ -6,10 +6,10 @@
 
               copies of all rows, and the table of pieces to check  ->  fingerprints  ->  results to pinned memory  ->  event
 
-    commit    staging rows into live slots, on the compute stream
+    commit    one kernel on the compute stream copies staging rows into live slots, and the maps' rows with them
 
-No kernel runs beside the forward but the fingerprints', and that one on few multiprocessors. The host never waits: a batch has ended
-when its event has.
+No kernel runs beside the forward but the fingerprints', and that one on few multiprocessors. Between two forwards a kernel is what is
+fast: it has all multiprocessors, and one launch for all pieces. The host never waits: a batch has ended when its event has.
 """
 
 import os
@@ -20,10 +20,11 @@ import torch
 
 from eplb_async.core.errors import DeviceCallFailed, SpecError, TransferFailed
 from eplb_async.rank.cuda.checker import BatchChecker
+from eplb_async.rank.cuda.commit_tables import CommitTables
 from eplb_async.rank.cuda.driver import CudaDriver
 from eplb_async.rank.cuda.streams import ComputeStream, EventCompletion
 from eplb_async.rank.streams import Completion
-from eplb_async.rank.transfer.base import Pull, Transfer, other_bytes
+from eplb_async.rank.transfer.base import Copy, Pull, Transfer, other_bytes
 from eplb_async.rank.weights import WeightRows
 
 __all__ = ["CudaIpcTransfer"]
@@ -103,10 +104,10 @@ class CudaIpcTransfer(Transfer):
     name = "cuda_ipc"
 
     def __init__(self, weights: WeightRows, num_rows: int, driver: CudaDriver, compute: ComputeStream) -> None:
-        """Allocates the staging rows on the weights' device.
+        """Allocates the staging rows on the weights' device, and compiles the kernels.
 
         Raises:
-            SpecError: no memory for them.
+            SpecError: no memory for the rows.
         """
         super().__init__(weights, num_rows)
         self._driver, self._compute = driver, compute
@@ -120,10 +121,11 @@ class CudaIpcTransfer(Transfer):
             [[part.data_ptr() for part in self.staging.tensors(layer, row)] for row in range(num_rows)]
             for layer in range(len(weights.rows))
         ]
+        self._commits = CommitTables(driver, self._own, self._staged, self._sizes)
         self._peers: dict[int, list[list[Rows]]] = {}
         self._opened: dict[bytes, int] = {}
         self._batch = _Batch()
-        self._copies: list[tuple[int, int, int]] = []
+        self._copies: list[Copy] = []
 
     def export(self) -> bytes:
         """See Transfer.
@@ -197,14 +199,10 @@ class CudaIpcTransfer(Transfer):
             batch.error = TransferFailed(f"pulls could not be issued: {error}")
         batch.end = EventCompletion(self.stream)
 
-    def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
-        """See Transfer. Ends when everything issued on the compute stream so far has."""
+    def commit(self, layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy]) -> Completion[None]:
+        """See Transfer. One kernel does it all."""
         stream = self._compute.current()
-        for row, slot in rows:
-            for (address, distance), source, size in zip(
-                self._own[layer], self._staged[layer][row], self._sizes[layer], strict=True
-            ):
-                self._driver.copy(address + distance * slot, source, size, stream.cuda_stream)
+        self._commits.launch(layer, rows, more, stream.cuda_stream)
         return EventCompletion(stream)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from eplb_async.core.errors import SegmentError, SpecError, TransferFailed
 from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.streams import Completion, Stream
-from eplb_async.rank.transfer.base import ALIGNMENT, Pull, Transfer, other_bytes
+from eplb_async.rank.transfer.base import ALIGNMENT, Copy, Pull, Transfer, other_bytes
 from eplb_async.rank.weights import LayerTensors, WeightRows, named_tensors
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
@@ -157,8 +157,8 @@ class ShmTransfer(Transfer):
     def flush(self) -> None:
         """See Transfer. Pulls begin at once."""
 
-    def commit(self, layer: int, rows: Sequence[tuple[int, int]]) -> Completion[None]:
-        """See Transfer. On the CPU the copies are done when this returns."""
+    def commit(self, layer: int, rows: Sequence[tuple[int, int]], more: Sequence[Copy]) -> Completion[None]:
+        """See Transfer. On the CPU the copies are done when this returns, and maps leave nothing to copy."""
         for row, slot in rows:
             for target, source in zip(self.weights.rows[layer], self.staging.tensors(layer, row), strict=True):
                 target[slot].copy_(source)

@@ -158,7 +158,8 @@ class TorchDistTransfer:
         received = [move for move in own if move.rank == self._rank]
         self.rows_received += len(received)
         self.rows_sent += len(own) - len(received)
-        return self.stream.submit(lambda: self._run(layer, moves if one_peer else own, rows, expected, one_peer))
+        wanted = {move: expected(layer, move.expert) for move in received}
+        return self.stream.submit(lambda: self._run(layer, moves if one_peer else own, rows, wanted, one_peer))
 
     def close(self) -> None:
         """End the jobs, done or not. Idempotent."""
@@ -170,7 +171,7 @@ class TorchDistTransfer:
         layer: int,
         moves: Sequence[Move],
         rows: Mapping[int, int],
-        expected: Callable[[int, int], Sequence[int] | None],
+        wanted: Mapping[Move, Sequence[int] | None],
         one_peer: bool,
     ) -> None:
         broken: RuntimeError | None = None
@@ -185,10 +186,9 @@ class TorchDistTransfer:
                 raise TransferFailed(
                     f"layer {layer}: experts could not be exchanged between nodes: {broken}"
                 ) from broken
-            for move in moves:
-                wanted = expected(layer, move.expert) if move.rank == self._rank else None
-                if wanted is not None:
-                    self._verify(layer, move, rows[move.slot], wanted)
+            for move, expected in wanted.items():
+                if expected is not None:
+                    self._verify(layer, move, rows[move.slot], expected)
 
     def _swap(self, layer: int, moves: Sequence[Move], rows: Mapping[int, int]) -> None:
         sends: list[Message] = []

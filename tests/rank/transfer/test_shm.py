@@ -70,7 +70,7 @@ def test_a_pull_and_a_commit_move_all_tensors(ranks: list[tuple[SharedWeights, S
     assert completion.error is None
     before = layers_of(0)[1]
     assert all(torch.equal(mine[1][name].view(torch.uint8), before[name].view(torch.uint8)) for name in before)
-    assert transfer.commit(1, [(1, 0)]).done
+    assert transfer.commit(1, [(1, 0)], []).done
     for name, tensor in before.items():
         assert torch.equal(mine[1][name][:1].view(torch.uint8), theirs[1][name][1:].view(torch.uint8))
         assert torch.equal(mine[1][name][1:].view(torch.uint8), tensor[1:].view(torch.uint8))

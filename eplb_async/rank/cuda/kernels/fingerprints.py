@@ -36,13 +36,26 @@ def _block_sum_of_bytes(chars, place, coefficients_W, whole_words, BLOCK: tl.con
     return value
 
 
-@triton.jit
-def fingerprint_pieces_kernel(pieces_N2, results_N, coefficients_W, powers_B, BLOCK: tl.constexpr, STEP: tl.constexpr):
+@triton.jit(do_not_specialize=["pieces", "results", "coefficients", "powers"])
+def fingerprint_pieces_kernel(
+    pieces: tl.int64,
+    results: tl.int64,
+    coefficients: tl.int64,
+    powers: tl.int64,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Program (n, j) adds blocks j, j + programs, ... of piece n to its result.
 
     Piece of 20 bytes: one block, whole words 0 and 1, and word 2 of the 4 bytes left; with a single program its result is
     20 * M + w_0 * c_0 + w_1 * c_1 + w_2 * c_2.
+
+    pieces, results, coefficients and powers are addresses of int64 tables [N, 2], [N], [W] and [B].
     """
+    pieces_N2 = pieces.to(tl.pointer_type(tl.int64))
+    results_N = results.to(tl.pointer_type(tl.int64))
+    coefficients_W = tl.multiple_of(coefficients.to(tl.pointer_type(tl.int64)), 16)
+    powers_B = powers.to(tl.pointer_type(tl.int64))
     piece = tl.program_id(0)
     start = tl.program_id(1)
     programs = tl.num_programs(1)

@@ -1,0 +1,40 @@
+"""Slow steps are noticed, and what lasts becomes the usual."""
+
+from eplb_async.core.load import Phase
+from eplb_async.rank.pace import StepPace
+
+MS = 1_000_000
+
+
+def calm(pace: StepPace, steps: list[tuple[Phase, int]]) -> list[bool]:
+    """What is said at the beginning of each step, given (phase, milliseconds) of the steps, and at the end."""
+    now, said = 0, []
+    for phase, took_ms in steps:
+        said.append(pace.step(phase, now))
+        now += took_ms * MS
+    said.append(pace.step(Phase.DECODE, now))
+    return said
+
+
+def test_a_slow_step_is_told_from_usual_ones() -> None:
+    """The step after it is not calm, the next one is again."""
+    steps = [(Phase.DECODE, 10), (Phase.DECODE, 11), (Phase.DECODE, 20), (Phase.DECODE, 10)]
+    assert calm(StepPace(1.5), steps) == [True, True, True, False, True]
+
+
+def test_phases_have_usual_steps_of_their_own() -> None:
+    """A long prefill among decode steps is as usual."""
+    steps = [(Phase.DECODE, 10), (Phase.PREFILL, 90), (Phase.DECODE, 10), (Phase.PREFILL, 95), (Phase.DECODE, 10)]
+    assert all(calm(StepPace(1.5), steps))
+
+
+def test_what_lasts_becomes_usual() -> None:
+    """Steps twice as long for good hold transfers up for a while, not for ever."""
+    said = calm(StepPace(1.5), [(Phase.DECODE, 10)] * 3 + [(Phase.DECODE, 20)] * 30)
+    assert said[5:8] == [False] * 3
+    assert all(said[15:])
+
+
+def test_zero_ratio_never_waits() -> None:
+    """Switched off."""
+    assert all(calm(StepPace(0.0), [(Phase.DECODE, 10), (Phase.DECODE, 1000), (Phase.DECODE, 1)]))
