@@ -166,7 +166,8 @@ def test_ranks_that_do_not_come_are_named(group: str, runtime_dir: Path) -> None
     with NodeGroup(group, PLAIN, runtime_dir, attach_deadline_s=1.0) as ranks:
         errors = ranks.outcomes("attach", ranks=[1, 2])
         assert [type(error) for error in errors] == [AttachTimeout] * 2
-        assert errors[0].missing == (0, 3)
+        # the first to come may give up before the second is there
+        assert all({0, 3} <= set(error.missing) for error in errors)
         assert all("weights." in name for name in segments_left(group))
         for rank in range(4):
             ranks.ask(rank, "call", patient)
