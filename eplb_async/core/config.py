@@ -39,7 +39,8 @@ PREFIX = "EPLB_ASYNC_"
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the hook in each rank. `lag`, `history` and `staging_rows` must be equal on all ranks of a group.
+    """Settings of the hook in each rank. `lag`, `history`, `staging_rows`, `reduce_every` and `one_peer_at_a_time` must be
+    equal on all ranks of a group.
 
     Fields:
         lag: steps between a word and the decision on it; 1 decides soonest, 2 leaves a step for the words to arrive.
@@ -56,6 +57,9 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         slow_step_ratio: no copies are issued in a step whose forward before it took more than this times the usual one of its
             phase; 0 issues in any step.
         verify: all, or sample (one in eight), or off: which received rows are compared with the fingerprints taken at attach.
+        reduce_every: of a group on several nodes: steps from one all-reduce of the words to the next.
+        one_peer_at_a_time: of a group on several nodes: a rank exchanges experts of one entry with one other rank at a time,
+            instead of with all at once.
     """
 
     lag: int = 2
@@ -71,9 +75,11 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pull_bytes_in_flight: int = 512 << 20
     slow_step_ratio: float = 1.5
     verify: Literal["all", "sample", "off"] = "all"
+    reduce_every: int = 1
+    one_peer_at_a_time: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps")
+        _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps", "reduce_every")
         _at_least(self, 2, "ring_records")
         _at_least(self, 1, "pull_bytes_in_flight")
         _at_least(self, 0, "staging_rows", "slow_step_ratio")

@@ -144,7 +144,7 @@ class AttachTimeout(LifecycleError):
     def __init__(self, group: str, missing: Sequence[int], num_ranks: int, waited_s: float) -> None:
         super().__init__(
             f"group {group!r}: ranks {list(missing)} of {num_ranks} did not attach within {waited_s:g} s. "
-            "All ranks of a group must attach on this host, as the same user; "
+            "All ranks of a group must attach as the same user, on this host or, with one rendezvous, on the hosts of its nodes; "
             "raise hook.attach_deadline_s if they load for longer."
         )
         self.missing = tuple(missing)
@@ -155,14 +155,20 @@ class PeerError(EplbError):
 
 
 class PeerLost(PeerError):
-    """A rank's word for a step did not come in time. Do not run the forward: others may have committed already."""
+    """A rank's word for a step did not come in time. Do not run the forward: others may have committed already.
 
-    def __init__(self, group: str, lost: int, step: int, waited_s: float, why: str) -> None:
+    `rank` is the one that is missing; -1 where it can only be told that it is one of `ranks`.
+    """
+
+    def __init__(self, group: str, lost: int | Sequence[int], step: int, waited_s: float, why: str) -> None:
+        ranks = (lost,) if isinstance(lost, int) else tuple(lost)
+        who = f"rank {ranks[0]} is" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))} is"
         super().__init__(
-            f"group {group!r}: rank {lost} is lost: no word for step {step} after {waited_s:.3g} s ({why}). "
+            f"group {group!r}: {who} lost: no word for step {step} after {waited_s:.3g} s ({why}). "
             "Do not run this forward; detach, and attach all ranks of the group again."
         )
-        self.rank, self.step, self.why = lost, step, why
+        self.rank, self.ranks = ranks[0] if len(ranks) == 1 else -1, ranks
+        self.step, self.why = step, why
 
 
 class StepDrift(PeerError):

@@ -186,13 +186,19 @@ def assign(first_N: IndexArray, column_M: IndexArray, score_M: IndexArray) -> In
                 row_price[row_of[other]] -= 1
                 column_price[other] += 1
         turns -= 1
+    _match_rest(column_of, row_of)
+    return column_of
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def _match_rest(column_of: IndexArray, row_of: IndexArray) -> None:
+    """Give the rows without a column (-1) the columns that are left, in order. [1, -1, -1], [-1, 0, -1]: [1, 0, 2]."""
     column = 0
-    for row in range(size):
+    for row in range(column_of.shape[0]):
         if column_of[row] < 0:
             while row_of[column] >= 0:
                 column += 1
             column_of[row], row_of[column] = column, row
-    return column_of
 
 
 @numba.njit(error_model="numpy", cache=CACHE)

@@ -1,15 +1,17 @@
 """Building a hook's parts at attach, and taking them apart at detach, so that nothing is left behind either way."""
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eplb_async.core.config import Settings
+from eplb_async.core.config import Settings, check_group_name
 from eplb_async.core.errors import (
     DaemonUnavailable,
     PeerLost,
@@ -24,7 +26,9 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.rank.committer import Committer
 from eplb_async.rank.exchange import Exchange, SharedMemoryExchange
 from eplb_async.rank.maps import Maps
+from eplb_async.rank.meeting import node_group
 from eplb_async.rank.membership import Membership
+from eplb_async.rank.nodes import Hello, NodesJoined
 from eplb_async.rank.pace import StepPace
 from eplb_async.rank.plan_reader import PlanReader
 from eplb_async.rank.platform import Platform, choose_platform
@@ -40,10 +44,10 @@ from eplb_async.shm.ring import LoadRing
 from eplb_async.shm.segment import Segment, prepare_runtime_dir
 from eplb_async.shm.words import GroupInfo
 
-__all__ = ["AttachRequest", "Parts", "assemble"]
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
-LIVE_WRITER = 0
-"""The rank that writes the live placement: the lowest of the node."""
+__all__ = ["AttachRequest", "Parts", "assemble"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,14 @@ class AttachRequest:
     load_kind: LoadKind | None
     settings: Settings
     staging_rows: int
+    rendezvous: "Store | None" = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a hook is made of."""
+    """What a hook is made of. `group` is the name as given; `info.group` that of this node's segments."""
 
+    group: str
     info: GroupInfo
     rank: int
     settings: Settings
@@ -87,6 +93,9 @@ class Parts:
             TimeoutError: a thread did not end.
         """
         with contextlib.ExitStack() as last_first:
+            # after the word that this rank has left, so that ranks of this node find it when their connections close
+            last_first.callback(self.stager.close)
+            last_first.callback(self.exchange.close)
             last_first.callback(self.membership.leave)
             last_first.callback(self.recorder.close)
             last_first.callback(self.transfer.close)
@@ -108,9 +117,15 @@ def assemble(request: AttachRequest) -> Parts:
     rows = WeightRows(request.weights, spec)
     platform = choose_platform(rows, request.load)
     directory = prepare_runtime_dir(settings.directory)
+    num_nodes = spec.num_nodes if request.rendezvous is not None else 1
+    node = request.rank // (spec.num_ranks // num_nodes)
     info = GroupInfo(
-        group=request.group,
+        group=check_group_name(node_group(request.group, node)) if num_nodes > 1 else request.group,
         spec=spec,
+        num_nodes=num_nodes,
+        node=node,
+        reduce_every=settings.hook.reduce_every,
+        one_peer_at_a_time=settings.hook.one_peer_at_a_time,
         lag=settings.hook.lag,
         history=settings.hook.history,
         staging_rows=request.staging_rows,
@@ -151,28 +166,48 @@ class _Joining:
         self._own = platform.fingerprints(rows, placement_LP, request.rank) if verify else none
 
     def join(self, directory: Path) -> Parts:
-        deadline_s = self._request.settings.hook.attach_deadline_s
-        membership = Membership(self._info, self._request.rank, directory)
-        membership.join(self._placement_LP, self._publish, self._start_daemon, deadline_s)
+        request, end = self._request, time.monotonic() + self._request.settings.hook.attach_deadline_s
+        nodes = None
+        if self._info.num_nodes > 1 and request.rendezvous is not None:
+            hello = Hello.of(self._info, request.group, self._placement_LP, self._transfer.name, self._own.shape)
+            nodes = NodesJoined(request.rendezvous, request.rank, hello, end)
         try:
-            return self._parts(membership, self._connect(membership))
+            incarnation = nodes.incarnation if nodes else 0
+            membership = Membership(self._info, request.rank, directory, incarnation)
+            membership.join(self._placement_LP, self._publish, self._start_daemon, max(0.1, end - time.monotonic()))
+            try:
+                return self._parts(membership, self._connect(membership, nodes), nodes)
+            except BaseException:
+                membership.leave()
+                raise
         except BaseException:
-            membership.leave()
+            if nodes:
+                nodes.close()
             raise
 
-    def _parts(self, membership: Membership, fingerprints: ExpertFingerprints | None) -> Parts:
+    def _parts(
+        self, membership: Membership, fingerprints: ExpertFingerprints | None, nodes: NodesJoined | None
+    ) -> Parts:
         request, info, settings = self._request, self._info, self._request.settings
         maps = self._platform.maps(self._placement_LP, info.spec)
-        stager = Stager(self._transfer, settings.hook, self._expected(fingerprints))
-        live = membership.live if request.rank == LIVE_WRITER else None
+        expected = self._expected(fingerprints)
+        exchange: Exchange
+        if nodes:
+            stager: Stager = nodes.stager(self._transfer, settings.hook, expected)
+            exchange = nodes.exchange(membership.words, settings.hook.peer_deadline_s)
+        else:
+            stager = Stager(self._transfer, settings.hook, expected)
+            exchange = SharedMemoryExchange(membership.words, request.rank, settings.hook.peer_deadline_s)
+        live = membership.live if request.rank == info.ranks[0] else None
         recorder = self._platform.recorder(request.load, self._ring)
         reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
         return Parts(
+            group=request.group,
             info=info,
             rank=request.rank,
             settings=settings,
             membership=membership,
-            exchange=SharedMemoryExchange(membership.words, request.rank, settings.hook.peer_deadline_s),
+            exchange=exchange,
             transfer=self._transfer,
             reader=PlanReader(membership.board, info.spec, request.rank, info.staging_rows, reader_stream),
             stager=stager,
@@ -207,19 +242,21 @@ class _Joining:
         if self._request.daemon == "auto":
             ensure_daemon(self._request.settings)
 
-    def _connect(self, membership: Membership) -> ExpertFingerprints | None:
-        """Reach every rank's weights, the own ones included, and collect the fingerprints."""
+    def _connect(self, membership: Membership, nodes: NodesJoined | None) -> ExpertFingerprints | None:
+        """Reach the weights of every rank of this node, the own ones included, and collect the fingerprints of all."""
         info, collected = self._info, []
         live = membership.live.read()
         if live is None or not np.array_equal(live[0], self._placement_LP):
             raise SpecMismatch(info.group, ["the placement given here is not the one that the group started with"])
-        for rank in range(info.spec.num_ranks):
+        for rank in info.ranks:
             try:
                 collected.append(self._reach(rank, membership.words.incarnation))
             except (SegmentMissing, TransferFailed) as error:
                 if not membership.words.ended:
                     raise
                 raise PeerLost(info.group, rank, 0, 0.0, "it left while this rank attached") from error
+        if nodes:
+            collected = nodes.fingerprints(self._own)
         if self._request.settings.hook.verify == "off":
             return None
         return ExpertFingerprints(np.concatenate(collected, axis=1), self._placement_LP, info.spec)

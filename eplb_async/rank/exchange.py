@@ -1,4 +1,4 @@
-"""How words get from rank to rank: one interface; shared memory inside a node.
+"""How words get from rank to rank: one interface; shared memory inside a node, torch_exchange.py between nodes.
 
 A rank publishes its word for step s before it reads any, and reads the words of step s - lag. In a lock-step engine they
 are there when it looks. If one is not, the reader waits, first spinning, then in short sleeps, and gives up with the name
@@ -12,7 +12,7 @@ from eplb_async.core.errors import PeerLost, StepDrift
 from eplb_async.shm.layout import owner_alive
 from eplb_async.shm.words import AgreementWords, MemberState, Reduced
 
-__all__ = ["Exchange", "SharedMemoryExchange"]
+__all__ = ["ALIVE_CHECK_S", "SLEEP_S", "SPIN_S", "Exchange", "SharedMemoryExchange"]
 
 SPIN_S = 0.0005
 """Waiting this long without sleep covers the jitter between ranks of a running engine."""
@@ -42,6 +42,10 @@ class Exchange(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what this backend holds by itself. Idempotent."""
+        ...
+
 
 class SharedMemoryExchange:
     """Words in the group segment; all ranks on this node."""
@@ -61,6 +65,9 @@ class SharedMemoryExchange:
         """See Exchange. Raises PeerLost after the deadline, or as soon as the missing rank's process is gone."""
         found = self._words.reduce(step)
         return found if isinstance(found, Reduced) else self._wait(step)
+
+    def close(self) -> None:
+        """See Exchange. The segment belongs to the membership."""
 
     def _wait(self, step: int) -> Reduced:
         start = time.monotonic()

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from eplb_async.core.config import Settings, check_group_name, load_settings
 from eplb_async.core.diff import least_staging_rows
@@ -25,6 +26,7 @@ from eplb_async.core.plan import generation_of, position_of
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.agreement import Agreement, Decision, Verdict
 from eplb_async.rank.assembly import AttachRequest, Parts, assemble
+from eplb_async.rank.phases import phase_of
 from eplb_async.rank.plan_reader import BadPlan, PreparedPlan
 from eplb_async.rank.statistics import HookPhase, HookStatistics, PhaseTimes
 from eplb_async.rank.weights import LayerTensors
@@ -57,7 +59,7 @@ class RankHook:
     def __init__(self, parts: Parts) -> None:
         """Use `attach`."""
         self._parts = parts
-        self.group, self.rank, self.spec = parts.info.group, parts.rank, parts.info.spec
+        self.group, self.rank, self.spec = parts.group, parts.rank, parts.info.spec
         self.slot_to_expert_LP = parts.maps.slot_to_expert_LP
         self.dispatch_table_LEK = parts.maps.dispatch_table_LEK
         self.dispatch_count_LE = parts.maps.dispatch_count_LE
@@ -73,7 +75,7 @@ class RankHook:
         self._failure = (0, "")
         self._times = {phase: PhaseTimes() for phase in HookPhase}
 
-    # size: the keyword arguments that design section 8 names, and three that are rarely used
+    # size: the keyword arguments that design section 8 names, and four that are rarely used
     @classmethod
     def attach(
         cls,
@@ -87,6 +89,7 @@ class RankHook:
         placement: IntArray | None = None,
         load_kind: LoadKind | None = None,
         settings: Settings | None = None,
+        rendezvous: Store | None = None,
     ) -> "RankHook":
         """Join a group; returns when all its ranks have.
 
@@ -102,6 +105,8 @@ class RankHook:
             placement: int [L, P], the placement in which the weights are loaded, if not the initial one.
             load_kind: what `load` counts, where its shape fits two readings.
             settings: instead of those of EPLB_ASYNC_CONFIG and the environment.
+            rendezvous: a store of torch.distributed that all ranks reach, for attach: the group lives on `spec.num_nodes`
+                hosts, rank r on node r // (R / num_nodes); without it on this host, whatever the spec says of nodes.
 
         Raises:
             SpecError, PlacementError, ConfigError, UnknownName: an argument does not fit.
@@ -131,6 +136,7 @@ class RankHook:
                 load_kind=load_kind,
                 settings=settings,
                 staging_rows=staging_rows,
+                rendezvous=rendezvous,
             )
         )
         hook = cls(parts)
@@ -174,7 +180,7 @@ class RankHook:
             raise LifecycleError(
                 f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called"
             )
-        self._phase, self._tokens = _phase(phase), num_tokens
+        self._phase, self._tokens = phase_of(phase), num_tokens
         try:
             if not self._quiet:
                 self._advance(published=False)
@@ -263,10 +269,12 @@ class RankHook:
             applied = clock()
             self._times[HookPhase.COMMIT].add(applied - agreed)
         self._adopt(words)
-        if self._plan is not None and not agreement.failed:
-            if parts.pace.step(self._phase, start):
-                parts.stager.issue(words.committed)
-            self._poll_staged()
+        if self._plan is not None:
+            parts.stager.agree(words)
+            if not agreement.failed:
+                if parts.pace.step(self._phase, start):
+                    parts.stager.issue(words.committed)
+                self._poll_staged()
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
         self._times[HookPhase.AGREE].add(agreed - polled)
@@ -387,13 +395,3 @@ class _StepContext:
         elif self._hook._running:
             self._hook._parts.recorder.discard(self._hook._step, self._hook._version)
             self._hook._finish_step()
-
-
-_PHASES = {phase.value: phase for phase in Phase}
-
-
-def _phase(phase: str | Phase) -> Phase:
-    found = _PHASES.get(phase) if isinstance(phase, str) else phase
-    if found is None:
-        raise UnknownName("phase", str(phase), _PHASES)
-    return found

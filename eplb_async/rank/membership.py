@@ -10,6 +10,9 @@
 
 A rank that died while JOINING is replaced in place: nobody was past the wait. One that died READY may have been seen by
 others that went on, so its death ends the incarnation; they notice by PeerLost, or while they wait here.
+
+Of a group on several nodes each node has a set of segments, for its ranks alone. All ranks have met before (meeting.py) and
+bring the number of the incarnation: what is there under another number is over, and if theirs ends, attach fails.
 """
 
 import contextlib
@@ -21,7 +24,15 @@ from pathlib import Path
 
 import posix_ipc
 
-from eplb_async.core.errors import AttachTimeout, RankTaken, SegmentError, SegmentMissing, SegmentRefused, SpecMismatch
+from eplb_async.core.errors import (
+    AttachTimeout,
+    PeerLost,
+    RankTaken,
+    SegmentError,
+    SegmentMissing,
+    SegmentRefused,
+    SpecMismatch,
+)
 from eplb_async.core.placement import IntArray
 from eplb_async.shm.board import PlanBoard
 from eplb_async.shm.launch import group_lock_path
@@ -34,6 +45,7 @@ __all__ = ["Membership"]
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.005
+WHY_GONE = "it left while this rank attached"
 
 
 class Membership:
@@ -44,8 +56,9 @@ class Membership:
         own: further segments of this rank, removed when it leaves.
     """
 
-    def __init__(self, info: GroupInfo, rank: int, runtime_dir: Path) -> None:
-        self.info, self.rank = info, rank
+    def __init__(self, info: GroupInfo, rank: int, runtime_dir: Path, incarnation: int = 0) -> None:
+        """`incarnation`: the one that ranks of several nodes have agreed on; 0: whoever comes first makes it."""
+        self.info, self.rank, self._agreed = info, rank, incarnation
         self._lock_path = group_lock_path(runtime_dir, info.group)
         self.words: AgreementWords
         self.board: PlanBoard
@@ -91,6 +104,10 @@ class Membership:
                 raise
             if complete:
                 return
+            if self._agreed:
+                gone = self._gone()
+                self.leave()
+                raise PeerLost(self.info.group, gone, 0, deadline_s - (end - time.monotonic()), WHY_GONE)
             log.info(
                 "group %s rank %d: the incarnation ended while it formed; joining the next", self.info.group, self.rank
             )
@@ -106,7 +123,7 @@ class Membership:
             if self.words.member(self.rank).pid == os.getpid():
                 self.words.set_state(self.rank, MemberState.LEFT)
             self.words.end()
-            alone = not any(self.words.member(rank).alive for rank in range(self.words.num_ranks))
+            alone = not any(self.words.member(rank).alive for rank in self.info.ranks)
             for part in (self.words, self.board, self.live):
                 if alone:
                     part.segment.unlink()
@@ -121,7 +138,7 @@ class Membership:
         words = self._usable()
         if words is None:
             self._remove_group()
-            incarnation = time.time_ns()
+            incarnation = self._agreed or time.time_ns()
             self.board = PlanBoard.create(self.info.group, self.info.spec, incarnation)
             try:
                 self.live = LivePlacement.create(self.info.group, self.info.spec, placement_LP, incarnation)
@@ -151,12 +168,20 @@ class Membership:
         living = [member for member in members if member.alive]
         if not living:
             return None
+        if self._agreed and words.incarnation != self._agreed and (words.ended or not members[self.rank].alive):
+            # the ranks of this node have all come to the meeting: none of them serves there
+            words.end()
+            words.close()
+            return None
         differences = self.info.differences(words.info)
         if differences:
             raise SpecMismatch(self.info.group, differences)
         broken = words.ended or any(member.state is MemberState.READY and not member.alive for member in members)
         if members[self.rank].alive and not words.ended:
             raise RankTaken(self.info.group, self.rank, members[self.rank].pid)
+        if broken and words.incarnation == self._agreed:
+            words.end()
+            raise PeerLost(self.info.group, self._gone(words), 0, 0.0, WHY_GONE)
         if broken:
             words.end()
             words.close()
@@ -166,15 +191,21 @@ class Membership:
     def _wait(self, end: float, deadline_s: float) -> bool:
         """Wait for all; false if the incarnation ended."""
         while True:
-            members = [self.words.member(rank) for rank in range(self.words.num_ranks)]
+            members = {rank: self.words.member(rank) for rank in self.info.ranks}
             if self.words.ended or self.words.segment.replaced:
                 return False
-            missing = [rank for rank, member in enumerate(members) if member.state is not MemberState.READY]
+            missing = [rank for rank, member in members.items() if member.state is not MemberState.READY]
             if not missing:
                 return True
             if time.monotonic() > end:
                 raise AttachTimeout(self.info.group, missing, self.words.num_ranks, deadline_s)
             time.sleep(WAIT_S)
+
+    def _gone(self, words: AgreementWords | None = None) -> list[int]:
+        """Ranks of this node that left or died, as far as it can be told; else all others."""
+        members = {rank: (words or self.words).member(rank) for rank in self.info.ranks}
+        gone = [rank for rank, member in members.items() if member.state is not MemberState.FREE and not member.alive]
+        return gone or [rank for rank in self.info.ranks if rank != self.rank]
 
     def _remove_group(self) -> None:
         for name, group, kind in list_segments():

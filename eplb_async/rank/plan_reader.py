@@ -4,7 +4,7 @@ Checking is full: the checksum, the decoding, every entry against the placement 
 version of each layer that an entry starts from. The rows and tables for the router are made here too, ready to be copied.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from eplb_async.rank.transfer.base import Pull
 from eplb_async.shm.board import PlanBoard
 
 __all__ = ["BadPlan", "PlanReader", "PreparedEntry", "PreparedPlan", "Snapshot"]
+
+
+NO_MOVES: IntArray = np.zeros((0, 3), dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class PreparedEntry:
         slot_to_expert_P: the new row, int32 [P].
         row_P, table_EK, count_E: the same and its dispatch rows, in the type of the router's tensors.
         pulls: what this rank receives, in order.
+        moves_M3: moves of all ranks in the plan's order, int32 [M, 3]: expert, source slot, destination slot.
     """
 
     layer: int
@@ -49,6 +53,7 @@ class PreparedEntry:
     table_EK: torch.Tensor
     count_E: torch.Tensor
     pulls: tuple[Pull, ...]
+    moves_M3: IntArray = field(default_factory=lambda: NO_MOVES)
 
 
 @dataclass(frozen=True)
@@ -170,4 +175,4 @@ class PlanReader:
             if slot // width == self._rank
         )
         row, table, count = (torch.from_numpy(array.astype(np.int64)) for array in (row_P, table_EK, count_E))
-        return PreparedEntry(entry.layer, position, previous, row_P, row, table, count, pulls)
+        return PreparedEntry(entry.layer, position, previous, row_P, row, table, count, pulls, entry.moves_M3)

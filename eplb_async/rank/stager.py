@@ -17,20 +17,21 @@ from eplb_async.core.config import HookSettings
 from eplb_async.core.plan import counter
 from eplb_async.rank.plan_reader import PreparedEntry, PreparedPlan
 from eplb_async.rank.streams import Completion
-from eplb_async.rank.transfer.base import Transfer
+from eplb_async.rank.transfer.base import Pull, Transfer
+from eplb_async.shm.words import Reduced
 
-__all__ = ["Stager"]
+__all__ = ["Incoming", "Stager"]
 
 
 @dataclass
-class _Incoming:
-    """One entry on its way: the staging row of each of its pulls, and the copies issued so far."""
+class Incoming:
+    """One entry on its way: the staging row of each of its pulls, those not issued yet, and the copies that were."""
 
     entry: PreparedEntry
     rows: list[int]
     row_bytes: int
+    waiting: deque[tuple[Pull, int]]
     copies: deque[Completion[None]] = field(default_factory=deque)
-    issued: int = 0
     failed: bool = False
 
 
@@ -52,9 +53,9 @@ class Stager:
         self._free = list(range(transfer.staging.num_rows))
         self._plan: PreparedPlan | None = None
         self._next = 0
-        self._incoming: deque[_Incoming] = deque()
-        self._staged: dict[int, _Incoming] = {}
-        self._orphans: list[_Incoming] = []
+        self._incoming: deque[Incoming] = deque()
+        self._staged: dict[int, Incoming] = {}
+        self._orphans: list[Incoming] = []
         self.bytes_pulled = self.rows_pulled = self.bytes_in_flight = 0
 
     @property
@@ -71,6 +72,12 @@ class Stager:
         """Begin with the first entry of an adopted plan."""
         self._plan, self._next = plan, 0
 
+    def agree(self, words: Reduced) -> None:
+        """See a step's reduced words, while a plan is held; only entries that all ranks must begin together need them."""
+
+    def close(self) -> None:
+        """End what runs beside the transfer; nothing here."""
+
     def issue(self, all_committed: int) -> None:
         """Issue copies within this step's budget.
 
@@ -85,20 +92,18 @@ class Stager:
     def _issue(self, all_committed: int) -> None:
         settings, spent = self._settings, False
         copies, left = settings.copies_per_step, settings.pull_bytes_per_step
-        while copies > 0 and self._plan is not None and self._open_entry(self._plan, all_committed):
-            current = self._incoming[-1]
-            layer, pulls, size = current.entry.layer, current.entry.pulls, current.row_bytes
+        while copies > 0 and self._plan is not None and (current := self._to_issue(self._plan, all_committed)):
+            layer, size = current.entry.layer, current.row_bytes
             # a row that is larger than a budget goes alone
-            while current.issued < len(pulls) and copies > 0 and (left >= size or not spent) and self._has_room(size):
-                pull, row = pulls[current.issued], current.rows[current.issued]
+            while current.waiting and copies > 0 and (left >= size or not spent) and self._has_room(size):
+                pull, row = current.waiting.popleft()
                 expected = self._fingerprints(layer, pull.expert)
                 current.copies.append(self._transfer.pull(layer, pull, row, expected))
-                current.issued += 1
                 copies, left, spent = copies - 1, left - size, True
                 self.bytes_in_flight += size
                 self.bytes_pulled += size
                 self.rows_pulled += 1
-            if current.issued < len(pulls):
+            if current.waiting:
                 return
 
     def poll(self) -> tuple[int, Exception | None]:
@@ -111,7 +116,7 @@ class Stager:
                 ended = self._pop(first)
                 first.failed |= ended.error is not None
                 error = error or ended.error
-            if first.failed or first.copies or first.issued < len(first.entry.pulls):
+            if first.failed or first.copies or first.waiting:
                 break
             self._incoming.popleft()
             self._staged[first.entry.position] = first
@@ -140,32 +145,37 @@ class Stager:
         self._incoming.clear()
         self._orphans = [orphan for orphan in self._orphans if not self._ended(orphan)]
 
-    def _open_entry(self, plan: PreparedPlan, all_committed: int) -> bool:
-        """Make the entry to issue copies for the newest incoming one; false if it has to wait, or there is none."""
-        if self._incoming and self._incoming[-1].issued < len(self._incoming[-1].entry.pulls):
-            return True
+    def _to_issue(self, plan: PreparedPlan, all_committed: int) -> Incoming | None:
+        """The entry to issue copies for, the next one of the plan if that may begin; None if there is nothing to issue."""
+        if self._incoming and self._incoming[-1].waiting:
+            return self._incoming[-1]
         if self._next == plan.length:
-            return False
+            return None
         entry = plan.entries[self._next]
         if entry.previous and all_committed < counter(plan.generation, entry.previous):
-            return False
+            return None
         if len(entry.pulls) > len(self._free):
-            return False
-        self._incoming.append(
-            _Incoming(entry, [self._free.pop() for _ in entry.pulls], self._transfer.weights.slot_bytes[entry.layer])
-        )
+            return None
+        return self._open(entry)
+
+    def _open(self, entry: PreparedEntry) -> Incoming:
+        """Make the plan's next entry the newest incoming one; there are rows for it."""
+        rows = [self._free.pop() for _ in entry.pulls]
+        row_bytes = self._transfer.weights.slot_bytes[entry.layer]
+        incoming = Incoming(entry, rows, row_bytes, deque(zip(entry.pulls, rows, strict=True)))
+        self._incoming.append(incoming)
         self._next += 1
-        return True
+        return incoming
 
     def _has_room(self, row_bytes: int) -> bool:
         return not self.bytes_in_flight or self.bytes_in_flight + row_bytes <= self._settings.pull_bytes_in_flight
 
-    def _pop(self, incoming: _Incoming) -> Completion[None]:
+    def _pop(self, incoming: Incoming) -> Completion[None]:
         """The oldest copy, which has ended."""
         self.bytes_in_flight -= incoming.row_bytes
         return incoming.copies.popleft()
 
-    def _ended(self, orphan: _Incoming) -> bool:
+    def _ended(self, orphan: Incoming) -> bool:
         while orphan.copies and orphan.copies[0].done:
             self._pop(orphan)
         if orphan.copies:

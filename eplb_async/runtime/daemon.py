@@ -26,7 +26,7 @@ import msgspec
 
 from eplb_async.core.clock import SystemClock
 from eplb_async.core.config import Settings, load_settings, policy_cache
-from eplb_async.core.errors import ControlError, DaemonRunning, EplbError, SegmentError
+from eplb_async.core.errors import ControlError, DaemonError, DaemonRunning, EplbError, SegmentError
 from eplb_async.observability.history import DecisionHistory
 from eplb_async.runtime import messages, resources, systemd
 from eplb_async.runtime.control import ControlServer
@@ -172,7 +172,7 @@ class Daemon:
             try:
                 self._look_at(group, tasks)
                 self._refused.pop(name, None)
-            except (SegmentError, msgspec.DecodeError) as error:
+            except (SegmentError, DaemonError, msgspec.DecodeError) as error:
                 # it may be half made: look again, say it once
                 if self._refused.get(name) != str(error):
                     logger.warning("group %s: %s", group, error)
@@ -182,9 +182,14 @@ class Daemon:
         words = AgreementWords.open(group)
         session = None
         try:
-            members = [words.member(rank) for rank in range(words.num_ranks)]
+            members = [words.member(rank) for rank in words.info.ranks]
             if words.ended or not any(member.alive for member in members):
                 return
+            if words.info.num_nodes > 1:
+                nodes = words.info.num_nodes
+                raise DaemonError(
+                    f"it is a group's part on one of {nodes} nodes; daemons serve groups of one node so far"
+                )
             if any(member.state is not MemberState.READY for member in members):
                 self._joining[group] = joining_status(words)
                 return

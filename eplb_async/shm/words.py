@@ -48,6 +48,9 @@ class GroupInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         lag, history, staging_rows: see HookSettings, staging_rows with its default filled in.
         slot_bytes: per layer, bytes of one slot over all its tensors.
         tensors: digest of names, types and shapes of the tensors of all layers.
+        num_nodes, node: sets of segments that the group has, one per node, and which of them this is; 1 and 0: all ranks on
+            one host, however many nodes the spec names.
+        reduce_every, one_peer_at_a_time: see HookSettings; of groups on several nodes.
     """
 
     group: str
@@ -57,6 +60,16 @@ class GroupInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     staging_rows: int
     slot_bytes: list[int]
     tensors: str
+    num_nodes: int = 1
+    node: int = 0
+    reduce_every: int = 1
+    one_peer_at_a_time: bool = True
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that use this set of segments."""
+        width = self.spec.num_ranks // self.num_nodes
+        return range(self.node * width, (self.node + 1) * width)
 
     def differences(self, other: "GroupInfo") -> list[str]:
         """What differs between two descriptions, for people."""

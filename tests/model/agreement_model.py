@@ -40,6 +40,11 @@ SCENARIOS = [
     Scenario("two nodes, forked generation", (0, 1), (BACK, BACK), FORK, deadlines=1, aborts=False, forked=True),
     Scenario("two nodes, lag 2", (0, 1), (BACK,), (FIRST,), lag=2, deadlines=1, aborts=False),
     Scenario("three ranks", (0, 0, 0), ((0, 1, 2),), (ROTATE,), deadlines=0, aborts=False),
+    Scenario("three ranks on two nodes", (0, 0, 1), ((0, 1, 2),), (ROTATE,), deadlines=1, aborts=False),
+    Scenario("two nodes, reduced every 2 steps", (0, 1), (BACK,), (FIRST,), deadlines=1, aborts=False, every=2),
+    Scenario(
+        "two nodes, forked, every 2 steps", (0, 1), (BACK, BACK), FORK, deadlines=1, aborts=False, forked=True, every=2
+    ),
 ]
 # explored with each step in three pieces and the newest words in the waiting rules, as real ranks do it
 FINE = [
@@ -63,6 +68,8 @@ VARIANTS = {
     "no_digest": (5, "words carry no digest of the plan"),
     "no_rank_deadline": (6, "only daemons end a plan that is late"),
     "short_history": (6, "the ring holds 2 lag + 1 steps"),
+    "local_words": (8, "a rank decides on the newest words of its own node and the reduced ones of the others"),
+    "vector_when_it_comes": (9, "a rank decides on a reduced vector as soon as it has it"),
 }
 
 

@@ -51,7 +51,8 @@ class Model:
         self.case, self.broken, self.fine = scenario, broken, fine
         self.num_ranks, self.lag = len(scenario.nodes), scenario.lag
         self.slots_per_rank = len(scenario.start[0]) // self.num_ranks
-        self.history = 2 * self.lag + (1 if broken == "short_history" else 2)
+        self.kept = self.lag + scenario.every - 1
+        self.history = 2 * self.kept + (1 if broken == "short_history" else 2)
         self.experts = [set(row) - {-1} for row in scenario.start]
         numbers = range(max(scenario.nodes) + 1)
         self.members = [[r for r in range(self.num_ranks) if scenario.nodes[r] == n] for n in numbers]
@@ -76,7 +77,7 @@ class Model:
         ranks = tuple(
             Rank(0, IDLE, first, first, first, 0, NO_PLAN, None, (), (), own, self.case.start) for own in slots
         )
-        words = ((Word(first, first, 0, NO_PLAN),) * self.lag,) * self.num_ranks
+        words = ((Word(first, first, 0, NO_PLAN),) * self.kept,) * self.num_ranks
         budgets = self.case.crashes, self.case.failures, self.case.deadlines
         return State(ranks, words, (), (Board(),) * len(self.members), *budgets)
 
@@ -114,14 +115,32 @@ class Model:
         return state._replace(words=replaced(state.words, index, words), ranks=ranks)
 
     def words_there(self, state: State, index: int) -> bool:
-        """All words of step - lag are published."""
-        return all(len(words) > state.ranks[index].ahead for words in state.words)
+        """All words that the rank decides on at its step are published."""
+        return all(len(words) > self.read(state, index) for words in state.words)
+
+    def read(self, state: State, index: int) -> int:
+        """The place, in `state.words`, of the words that a rank decides on: of step - lag or, of the steps before it, the
+        last one whose words are reduced (I7). All ranks read the same words at the same step.
+        """
+        every, ahead = self.case.every, state.ranks[index].ahead
+        place = ahead + every - 1 - (state.residue + ahead - self.lag) % every
+        if self.broken == "vector_when_it_comes":
+            newest = min(map(len, state.words)) - 1
+            place = max(place, newest - (newest - self.kept + state.residue) % every)
+        return place
+
+    def read_by(self, state: State, index: int) -> list[Word]:
+        """The words themselves."""
+        place = self.read(state, index)
+        mine = self.case.nodes[index] if self.broken == "local_words" else None
+        return [words[-1 if self.case.nodes[r] == mine else place] for r, words in enumerate(state.words)]
 
     def decide_step(self, state: State, index: int) -> State:
-        """Act on the words of step - lag."""
+        """Act on the words of step - lag, or the last reduced ones before it."""
         rank = state.ranks[index]
-        use = -1 if self.broken == "newest_words" else rank.ahead
-        rank = self.decide(rank, [words[use] for words in state.words], state.boards[self.case.nodes[index]].order)
+        newest = self.broken == "newest_words"
+        read = [words[-1] for words in state.words] if newest else self.read_by(state, index)
+        rank = self.decide(rank, read, state.boards[self.case.nodes[index]].order)
         rank = rank._replace(staged=max(rank.staged, rank.decided), phase=DECIDED)
         return state._replace(ranks=replaced(state.ranks, index, rank))
 
@@ -150,7 +169,8 @@ class Model:
     def look(self, state: State, index: int) -> State:
         """Look at the board, and issue what may be issued."""
         rank = state.ranks[index]
-        words = [each[-1 if self.fine or self.broken == "newest_words" else rank.ahead] for each in state.words]
+        newest = self.fine or self.broken == "newest_words"
+        words = [each[-1] for each in state.words] if newest else self.read_by(state, index)
         rank = self.adopt(rank, words, state.boards[self.case.nodes[index]])
         rank = self.start_pulls(index, rank, words)._replace(phase=LOOKED)
         return state._replace(ranks=replaced(state.ranks, index, rank))
@@ -224,7 +244,8 @@ class Model:
         if slowest:
             ranks = tuple(other._replace(ahead=other.ahead - slowest) for other in ranks)
         words = tuple(each[slowest:] for each in state.words)
-        return state._replace(ranks=ranks, forwards=forwards[slowest:], words=words)
+        residue = (state.residue + slowest) % self.case.every
+        return state._replace(ranks=ranks, forwards=forwards[slowest:], words=words, residue=residue)
 
     def act(self, state: State, index: int) -> State:
         """Decide, look and forward in one piece."""

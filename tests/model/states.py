@@ -83,7 +83,8 @@ class Scenario(NamedTuple):
 
     Fields: node of each rank, first maps, plans (several of one generation are alternatives for the daemon), lag, staging row
     sets per rank; budgets of daemon crashes (one may tear the board), failing pulls and given-up plans (UNLIMITED: any
-    number); whether daemons abort; whether daemons of two nodes may publish different plans of one generation.
+    number); whether daemons abort; whether daemons of two nodes may publish different plans of one generation; steps from
+    one reduction of the words to the next (k of design I7; 1 with shared memory).
     """
 
     name: str
@@ -97,6 +98,7 @@ class Scenario(NamedTuple):
     deadlines: int = UNLIMITED
     aborts: bool = True
     forked: bool = False
+    every: int = 1
 
 
 class Word(NamedTuple):
@@ -140,7 +142,9 @@ class Board(NamedTuple):
 
 
 class State(NamedTuple):
-    """words: per rank, from step (slowest - lag) on; forwards: (decided, maps) of each forward from the slowest's step on."""
+    """words: per rank, from step (slowest - lag - every + 1) on; forwards: (decided, maps) of each forward from the slowest's
+    step on; residue: the slowest's step modulo `every`.
+    """
 
     ranks: tuple[Rank, ...]
     words: tuple[tuple[Word, ...], ...]
@@ -149,3 +153,4 @@ class State(NamedTuple):
     crashes: int
     failures: int
     deadlines: int
+    residue: int = 0

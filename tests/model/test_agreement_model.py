@@ -24,6 +24,8 @@ BREAKS = {
     "no_digest": "(a)",
     "no_rank_deadline": "(e)",
     "short_history": "(d)",
+    "local_words": "(f)",
+    "vector_when_it_comes": "(f)",
 }
 COSTLY = {"no_drain", "no_base", "no_digest", "board_reused_early"}
 

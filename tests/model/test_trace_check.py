@@ -32,24 +32,29 @@ IN_TRACES = {
     "next_plan_early": "(I4) a rank has not completed the plan before",
     "no_base": "(I4) the plan starts from other maps",
     "no_digest": "make `decided`",
+    "local_words": "make `decided`",
+    "vector_when_it_comes": "make `decided`",
 }
 
 
 def case(seed: int) -> Scenario:
-    """Two or three ranks on one or two nodes, two layers, lag 1 to 3, one or two staging row sets, some faults."""
+    """Two or three ranks on one or two nodes, two layers, lag 1 to 3, one or two staging row sets, some faults; words of two
+    nodes are reduced every 1 to 3 steps.
+    """
     num_ranks = 2 + seed % 2
     nodes = (0,) * num_ranks if seed % 3 else (0,) + (1,) * (num_ranks - 1)
     start = (tuple(range(S * num_ranks)),) * 2
     few = Scenario("walk", nodes, start, (), crashes=1, failures=2, deadlines=3)
-    return few._replace(lag=1 + seed % 3, rows=1 + seed % 2, forked=seed % 3 == 0)
+    every = 1 if seed % 3 else 1 + seed // 3 % 3
+    return few._replace(lag=1 + seed % 3, rows=1 + seed % 2, forked=seed % 3 == 0, every=every)
 
 
 def verdict_of(walked: Walk) -> Verdict:
     """What the checker says of a walk."""
     scenario = walked.scenario
-    return check_traces(
-        walked.rank_traces, walked.daemon_trace, scenario.start, S, scenario.lag, scenario.rows, scenario.nodes
-    )
+    traces, daemons = walked.rank_traces, walked.daemon_trace
+    lag, rows, nodes, every = scenario.lag, scenario.rows, scenario.nodes, scenario.every
+    return check_traces(traces, daemons, scenario.start, S, lag, rows, nodes, every)
 
 
 @pytest.mark.parametrize("seed", range(24))

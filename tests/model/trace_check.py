@@ -142,6 +142,7 @@ def check_traces(  # size: the parameters are the traces and the case, each once
     lag: int,
     rows: int,
     nodes: Sequence[int] = (),
+    every: int = 1,
 ) -> Verdict:
     """Check traces of one incarnation of a group.
 
@@ -153,6 +154,7 @@ def check_traces(  # size: the parameters are the traces and the case, each once
         lag: steps between a word and the decision on it.
         rows: entries that a rank may hold in staging at once (staged, or committing).
         nodes: node of each rank; default: all on node 0.
+        every: steps from one reduction of the words to the next.
 
     Raises:
         MalformedTrace: events that do not say what they must.
@@ -162,7 +164,7 @@ def check_traces(  # size: the parameters are the traces and the case, each once
     if any(len(row) != num_slots_per_rank * len(rank_traces) for row in start) or len(places) != len(rank_traces):
         raise MalformedTrace(f"{len(rank_traces)} ranks of {num_slots_per_rank} slots do not fit the maps or the nodes")
     plans = plans_of(daemon_trace, start)
-    scenario = Scenario("recorded", places, start, plans.plans, lag=lag, rows=rows)
+    scenario = Scenario("recorded", places, start, plans.plans, lag=lag, rows=rows, every=every)
     daemons = [[event for event in daemon_trace if event.get("node", 0) == n] for n in range(max(places) + 1)]
     search = _Search(TraceModel(scenario, plans), [*map(list, rank_traces), *daemons])
     findings = direct_findings(rank_traces)

@@ -24,6 +24,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch._C._distributed_c10d import TCPStore
 
 from eplb_async.core.config import HookSettings, Settings
 from eplb_async.core.load import LoadKind
@@ -86,6 +87,7 @@ class RankOptions:
         hook_class: RankHook or one made for a test.
         load_width, load_kind: of the load tensor; E by default.
         pause_s: time that each forward takes, of this rank.
+        store_port: of a TCPStore on this host in which ranks of several nodes meet; 0: one node.
         device: of weights, load and maps; "cuda" is one of them by rank.
     """
 
@@ -98,6 +100,7 @@ class RankOptions:
     load_width: int = 0
     load_kind: LoadKind | None = None
     pause_s: float = 0.0
+    store_port: int = 0
     device: str = DEVICE
 
 
@@ -107,6 +110,7 @@ class Actor:
     def __init__(self, options: RankOptions) -> None:
         self.options, self.spec = options, options.spec
         self.hook: RankHook
+        self.store: TCPStore | None = None
         self.weights: SharedWeights | list[dict[str, torch.Tensor]] | None = None
         width = options.load_width or self.spec.num_experts
         self.load = torch.zeros(self.spec.num_layers, width, dtype=torch.int32, device=options.device)
@@ -124,6 +128,8 @@ class Actor:
             else:
                 self.weights = [{name: tensor.to(options.device) for name, tensor in layer.items()} for layer in loaded]
         self.step_number = 0
+        if options.store_port and self.store is None:
+            self.store = TCPStore("127.0.0.1", options.store_port, is_master=False)
         self.hook = options.hook_class.attach(
             group=options.group,
             rank=options.rank,
@@ -133,6 +139,7 @@ class Actor:
             placement=placement,
             load_kind=options.load_kind,
             settings=options.settings,
+            rendezvous=self.store,
         )
 
     def step(self, count: int, phase: str = "decode") -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ class Publisher:
 
     def counters(self) -> list[tuple[int, int]]:
         """(generation, position) of `committed` in the newest word of each rank."""
-        words = [self.words.newest(rank) for rank in range(self.spec.num_ranks)]
+        words = [self.words.newest(rank) for rank in self.words.info.ranks]
         return [
             (0, 0) if word is None else (generation_of(word.committed), position_of(word.committed)) for word in words
         ]

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import ControlError
+from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Decision, Outcome
 from eplb_async.runtime.client import ControlClient
 from eplb_async.runtime.messages import GroupStatus
-from eplb_async.shm.launch import daemon_running, socket_path
+from eplb_async.shm.launch import daemon_running, group_lock_path, socket_path
+from tests.runtime.stand_in import StandInGroup, StandInOptions, group_info
 
 __all__: list[str] = []
 
@@ -292,3 +295,28 @@ def test_worker_process_is_no_secret(start_daemon: Start, daemon_settings: Setti
         pids = until(lambda: client.status().pool["pids"], "a worker")
         until(lambda: client.status().pool["num_idle"], "its warm-up")
     assert os.getpriority(os.PRIO_PROCESS, pids[0]) >= 10
+
+
+def test_groups_on_several_nodes_are_left_alone(
+    start_daemon: Start,
+    start_ranks: Start,
+    daemon_settings: Settings,
+    group: str,
+    make_group: Callable[[str], str],
+    spec: MoESpec,
+) -> None:
+    """A node's part of a group is named once in the log, not served; other groups are."""
+    part = make_group("main.node0")
+    ranks = StandInGroup(msgspec.structs.replace(group_info(part, spec), num_nodes=2), StandInOptions())
+    group_lock_path(daemon_settings.directory, part).touch()
+    try:
+        daemon = start_daemon()
+        start_ranks()
+        with ControlClient(daemon_settings) as client:
+            until(lambda: group_of(client, group), "the other group")
+            assert part not in [found.group for found in client.status().groups]
+        daemon.send_signal(signal.SIGTERM)
+        _, log = daemon.communicate(timeout=DEADLINE_S)
+    finally:
+        ranks.close()
+    assert log.count("it is a group's part on one of 2 nodes") == 1
