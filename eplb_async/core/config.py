@@ -83,6 +83,8 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _at_least(self, 2, "ring_records")
         _at_least(self, 1, "pull_bytes_in_flight")
         _at_least(self, 0, "staging_rows", "slow_step_ratio")
+        if 0 < self.slow_step_ratio < 1:
+            raise ValueError(f"`slow_step_ratio` is {self.slow_step_ratio}; it must be 0 or at least 1")
         _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s")
         if self.history < 2 * self.lag + 2:
             raise ValueError(f"`history` is {self.history}; words of lag {self.lag} need at least {2 * self.lag + 2}")

@@ -86,8 +86,9 @@ class Agreement:
         return self.error >= self.generation
 
     def word(self) -> tuple[int, int, int, int]:
-        """What to publish: (staged, committed, error, digest)."""
-        return self.staged, self.committed, self.error, self.plan.digest if self.plan else NO_PLAN
+        """What to publish: (staged, committed, error, digest); an error only until `decided` has passed it (I5)."""
+        error = self.error if self.failed else 0
+        return self.staged, self.committed, error, self.plan.digest if self.plan else NO_PLAN
 
     def decide(self, words: Reduced) -> Decision:
         """Act on the words of step s - lag (I2): an error wins, else at most one entry is committed."""

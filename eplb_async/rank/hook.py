@@ -186,12 +186,11 @@ class RankHook:
                 self._advance(published=False)
             elif not self._repeat():
                 self._advance(published=True)
+            self._version, self._running = self._agreement.decided, True
         except BaseException as error:
             # the word of this step may be out and half of it done: a second try could decide it twice
             self._closed = str(error) or type(error).__name__
             raise
-        self._version = self._agreement.decided
-        self._running = True
 
     def after_forward(self) -> None:
         """Record the load of the forward that has just run. During a CUDA graph capture it does nothing."""

@@ -110,12 +110,13 @@ class Stager:
         """(position up to which entries are staged, 0 for none; the error of a pull that failed, if any)."""
         self._orphans = [orphan for orphan in self._orphans if not self._ended(orphan)]
         position, error = 0, None
+        for incoming in self._incoming:
+            while incoming.copies and incoming.copies[0].done:
+                ended = self._pop(incoming)
+                incoming.failed |= ended.error is not None
+                error = error or ended.error
         while self._incoming:
             first = self._incoming[0]
-            while first.copies and first.copies[0].done:
-                ended = self._pop(first)
-                first.failed |= ended.error is not None
-                error = error or ended.error
             if first.failed or first.copies or first.waiting:
                 break
             self._incoming.popleft()

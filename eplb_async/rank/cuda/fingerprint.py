@@ -11,6 +11,7 @@ multiple of 8 are read byte by byte.
 """
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,10 @@ class DeviceFingerprints:
         self._launch((pieces_N2.shape[0], programs), stream)
 
 
+_LOCK = threading.Lock()
+"""A launcher belongs to one thread at a time; transfer threads of several groups share those below."""
+
+
 @functools.cache
 def _on(device: torch.device) -> DeviceFingerprints:
     with torch.cuda.device(device):
@@ -78,6 +83,7 @@ def fingerprint_pieces(pieces: Sequence[torch.Tensor]) -> list[int]:
     table_N2 = torch.tensor(table, dtype=torch.int64, device=device)
     results_N = torch.zeros(len(pieces), dtype=torch.int64, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    _on(device).add(table_N2, results_N, -(-ALL_PROGRAMS // len(pieces)), stream)
+    with _LOCK:
+        _on(device).add(table_N2, results_N, -(-ALL_PROGRAMS // len(pieces)), stream)
     found: list[int] = results_N.tolist()
     return found

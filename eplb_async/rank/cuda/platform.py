@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from eplb_async.core.errors import SpecError
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.rank.cuda.driver import load_driver
@@ -28,7 +29,17 @@ class CudaPlatform:
     """See rank.platform.Platform. The parts it makes share one compute stream."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises ConfigError: cuda-bindings is not installed."""
+        """Checks the device.
+
+        Raises:
+            SpecError: it is not the calling thread's current one.
+            ConfigError: cuda-bindings is not installed.
+        """
+        if torch.cuda.current_device() != device.index:
+            raise SpecError(
+                f"the tensors lie on {device}, the current device is cuda:{torch.cuda.current_device()}; call "
+                f"torch.cuda.set_device({device.index}) before attach, in the thread that steps"
+            )
         self._driver, self._compute = load_driver(), ComputeStream(device)
 
     @property

@@ -13,6 +13,7 @@ a whole ring ahead counts that record as lost, as ever.
 
 import torch
 
+from eplb_async.core.errors import SpecError
 from eplb_async.core.load import Phase
 from eplb_async.rank.cuda.driver import CudaDriver
 from eplb_async.rank.cuda.kernels.recording import record_kernel
@@ -37,8 +38,13 @@ class CudaRecorder(Recorder):
         """Registers the ring's memory until `close`.
 
         Raises:
+            SpecError: the counts do not start at a multiple of 16 bytes.
             DeviceCallFailed: the driver refuses to.
         """
+        if load.data_ptr() % 16:
+            raise SpecError(
+                "the load tensor starts at an address that is not a multiple of 16; give one that is not cut out of another"
+            )
         self._load, self.ring = load, ring
         self._driver, self._compute = driver, compute
         self._words = load.numel()
@@ -67,7 +73,9 @@ class CudaRecorder(Recorder):
         """Wait until the device writes no more, publish the last record and give the pages back. Idempotent."""
         if self._registered:
             self._registered = False
-            self._compute.current().synchronize()
-            self.ring.publish_finished()
-            self._driver.unregister(self._first)
+            try:
+                self._compute.current().synchronize()
+                self.ring.publish_finished()
+            finally:
+                self._driver.unregister(self._first)
         super().close()

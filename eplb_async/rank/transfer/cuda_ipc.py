@@ -22,6 +22,7 @@ from eplb_async.core.errors import DeviceCallFailed, SpecError, TransferFailed
 from eplb_async.rank.cuda.checker import BatchChecker
 from eplb_async.rank.cuda.commit_tables import CommitTables
 from eplb_async.rank.cuda.driver import CudaDriver
+from eplb_async.rank.cuda.fingerprint import MAX_BYTES
 from eplb_async.rank.cuda.streams import ComputeStream, EventCompletion
 from eplb_async.rank.streams import Completion
 from eplb_async.rank.transfer.base import Copy, Pull, Transfer, other_bytes
@@ -107,8 +108,11 @@ class CudaIpcTransfer(Transfer):
         """Allocates the staging rows on the weights' device, and compiles the kernels.
 
         Raises:
-            SpecError: no memory for the rows.
+            SpecError: no memory for the rows, or a tensor too large to be checked.
         """
+        largest = max(tensor.shape[1] for layer in weights.rows for tensor in layer)
+        if largest > MAX_BYTES:
+            raise SpecError(f"a slot's tensor has {largest:,} bytes; at most {MAX_BYTES:,} can be moved")
         super().__init__(weights, num_rows)
         self._driver, self._compute = driver, compute
         self.stream = torch.cuda.Stream(compute.device)
