@@ -224,3 +224,12 @@ def test_committed_waits_for_the_device() -> None:
     assert agreement.committed == counter(1, 1)
     agreement.settle(busy=False)
     assert agreement.committed == counter(2, 0)
+
+
+def test_an_error_leaves_the_word_once_its_generation_is_decided() -> None:
+    """I5: a rank that failed alone would else differ from all others for ever, and no step could take the short way."""
+    agreement = Agreement()
+    agreement.fail(1, "mine")
+    assert agreement.word()[2] == 1
+    agreement.decide(staged(0, error=1))
+    assert agreement.word()[2] == 0

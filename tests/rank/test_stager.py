@@ -68,6 +68,17 @@ def test_bytes_in_flight_are_bounded(transfer: HeldTransfer) -> None:
     assert len(transfer.pulls) == 4
 
 
+def test_copies_that_have_ended_make_room_whatever_their_entry(transfer: HeldTransfer) -> None:
+    """A later entry that is done does not count as in flight while the first one still waits."""
+    stager = stager_of(transfer)
+    stager.start(prepared((0, 1), (1, 2)))
+    stager.issue(FIRST_COUNTER)
+    for *_, completion in transfer.pulls[1:]:
+        completion.done = True
+    assert stager.poll() == (0, None)
+    assert stager.bytes_in_flight == ROW_BYTES
+
+
 def test_entries_count_as_staged_in_order(transfer: HeldTransfer) -> None:
     """I1: a later entry that is complete waits for those before it; an entry without pulls is complete at once."""
     stager = stager_of(transfer)
