@@ -1,6 +1,10 @@
 """The `flashlb` policy's plan, layer by layer: is it due, which replica counts, which placement.
 
-Imports numba (see `_kernels` for what that implies). It has a plain twin in tests/policies/twins_flash.py.
+    replan        a whole plan, from what the state says to what the next one is to say
+    plan_layers   what the layers that are due would get, and what that gains
+
+A plan of a few small layers takes less time than a dozen calls of numpy: so the whole of it is one call into compiled code.
+Imports numba (see `_kernels` for what that implies). Twins are in tests/policies/twins_flash.py.
 """
 
 import numba
@@ -15,13 +19,15 @@ from eplb_async.policies._flash_work import (
     Work,
     heaviest_first,
     mean_peak,
+    new_work,
     put_on_ranks,
     read_shares,
     read_statistics,
 )
 from eplb_async.policies._kernels import CACHE, separate
+from eplb_async.policies._matching import keep_slots, match_ranks
 
-__all__ = ["HOPELESS", "WORSE_THAN_FOUND", "find_homes", "plan_layers"]
+__all__ = ["HOPELESS", "WORSE_THAN_FOUND", "find_homes", "fingerprints", "plan_layers", "replan", "still_promised"]
 
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
@@ -32,6 +38,82 @@ WORSE_THAN_FOUND = 1.02
 
 HOPELESS = 1.1
 """And if it has as much more before its swaps, they are not tried."""
+
+
+BASE = 2**40 + 15
+"""Of `fingerprints`."""
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def replan(
+    windows_TLE: FloatArray,
+    live_LP: IntArray,
+    promised_L: FloatArray,
+    planned_L: IndexArray,
+    rules: Rules,
+    most_layers: int,
+) -> tuple[IntArray, FloatArray, IndexArray]:
+    """Plan the layers that are due, and put what was planned on the ranks and slots that hold most of it.
+
+    Args:
+        windows_TLE: tokens per expert.
+        live_LP: the live placement; -1 is an empty slot.
+        promised_L: what the state says was promised.
+        planned_L: the fingerprints of the rows for which it was.
+        rules: the settings; a rank has fewer slots than there are experts.
+        most_layers: change only so many, those with the greatest gain; 0: no limit.
+
+    Returns:
+        int32 [L, P], the placement; and what the next state is to say.
+    """
+    num_experts = windows_TLE.shape[2]
+    placement_LP, print_L = live_LP.copy(), fingerprints(live_LP)
+    holds_L = still_promised(promised_L, planned_L, print_L)
+    work = new_work(windows_TLE.shape[0], num_experts, rules)
+    planned_LP, gain_L, astray_L, ratio_L = plan_layers(windows_TLE, live_LP, holds_L, rules, work)
+    changed = 0
+    for layer in heaviest_first(gain_L):
+        if gain_L[layer] <= 0.0 or changed == most_layers > 0:
+            break
+        row_1P = planned_LP[layer : layer + 1]
+        if astray_L[layer]:
+            row_1P = match_ranks(row_1P, live_LP[layer : layer + 1], num_experts, rules.slots_per_rank, 1)
+        row_1P = keep_slots(row_1P, live_LP[layer : layer + 1], rules.slots_per_rank)
+        placement_LP[layer] = row_1P[0]
+        holds_L[layer], print_L[layer] = ratio_L[layer], fingerprints(row_1P)[0]
+        changed += 1
+    return placement_LP, holds_L, print_L
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def fingerprints(row_LP: IntArray) -> IndexArray:
+    """A number for each row that tells it from others: its slots as digits to the base 2 ** 40 + 15, modulo 2 ** 64.
+
+    Row [0, 1] (digits 1 and 2, the first counting least): 1 + 2 * 1099511627791 = 2199023255583. An empty slot is the digit 0.
+
+    Returns:
+        int64 [L].
+    """
+    print_L = np.zeros(row_LP.shape[0], dtype=np.int64)
+    for layer in range(row_LP.shape[0]):
+        number = np.int64(0)
+        for slot in range(row_LP.shape[1] - 1, -1, -1):
+            number = number * np.int64(BASE) + np.int64(row_LP[layer, slot] + 1)
+        print_L[layer] = number
+    return print_L
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def still_promised(promised_L: FloatArray, planned_L: IndexArray, print_L: IndexArray) -> FloatArray:
+    """What was promised for each layer; 1 for a row that is not the one it was promised for, and for what is no promise.
+
+    Promised [0.9, 0.8, 7] for rows [1, 2, 3], live rows [1, 5, 3]: [0.9, 1, 1].
+    """
+    holds_L = np.ones(print_L.shape[0])
+    for layer in range(print_L.shape[0]):
+        if planned_L[layer] == print_L[layer] and 0.0 < promised_L[layer] <= 1.0:
+            holds_L[layer] = promised_L[layer]
+    return holds_L
 
 
 @numba.njit(error_model="numpy", cache=CACHE)

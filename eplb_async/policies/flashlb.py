@@ -19,7 +19,7 @@ thresholds: what chance alone may add to the PAR of few tokens makes no layer du
 Planned globally: nodes and expert groups do not matter.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -34,7 +34,7 @@ from eplb_async.policies.windows import expected_peak, merged
 if TYPE_CHECKING:
     from eplb_async.policies._flash_work import Rules
 
-__all__ = ["POLICY", "FlashLBOptions", "ReplicaRule", "fingerprints", "flashlb", "warm_up"]
+__all__ = ["POLICY", "FlashLBOptions", "ReplicaRule", "flashlb", "warm_up"]
 
 ReplicaRule = Literal["peak", "relief", "proportional"]
 
@@ -141,33 +141,19 @@ def flashlb(
         # perfect balance whatever the load: nothing to search
         return default(windows_TLE, slot_to_expert_LP, topology, DefaultOptions(), b"")
     # numba takes a quarter of a second to import: the daemon, which only reads names and options, must not pay for it
-    from eplb_async.policies import _flash, _flash_work, _matching
+    from eplb_async.policies import _flash
 
-    live_LP = np.ascontiguousarray(slot_to_expert_LP, dtype=np.int32)
-    windows = merged(np.ascontiguousarray(windows_TLE), options.max_windows)
-    print_L = fingerprints(live_LP)
-    promised_L = _promised(state, print_L)
-    rules = _rules(topology, options)
-    work = _flash_work.new_work(len(windows), num_experts, rules)
-    planned_LP, gain_L, astray_L, ratio_L = _flash.plan_layers(windows, live_LP, promised_L, rules, work)
-    chosen = gain_L.nonzero()[0]
-    if 0 < options.most_layers < len(chosen):
-        chosen = np.sort(chosen[np.argsort(-gain_L[chosen], kind="stable")[: options.most_layers]])
-    placement_LP = live_LP.copy()
-    if len(chosen):
-        rows_LP, live_rows_LP = planned_LP[chosen], live_LP[chosen]
-        astray = astray_L[chosen].nonzero()[0]
-        if len(astray):
-            rows_LP[astray] = _matching.match_ranks(
-                rows_LP[astray], live_rows_LP[astray], num_experts, topology.slots_per_rank, 1
-            )
-        rows_LP = _matching.keep_slots(rows_LP, live_rows_LP, topology.slots_per_rank)
-        placement_LP[chosen] = rows_LP
-        promised_L[chosen] = ratio_L[chosen]
-        print_L[chosen] = fingerprints(rows_LP)
+    # read-only whatever the caller has: numba compiles for arrays that may be written and for others anew
+    live_LP = np.ascontiguousarray(slot_to_expert_LP, dtype=np.int32).view()
+    windows = merged(np.ascontiguousarray(windows_TLE), options.max_windows).view()
+    live_LP.flags.writeable = windows.flags.writeable = False
+    placement_LP, promised_L, print_L = _flash.replan(
+        windows, live_LP, *_recalled(state, len(live_LP)), _rules(topology, options), options.most_layers
+    )
     return placement_LP, _ENCODER.encode(_State(STATE_VERSION, promised_L.tobytes(), print_L.tobytes()))
 
 
+@lru_cache(maxsize=16)
 def _rules(topology: Topology, options: FlashLBOptions) -> "Rules":
     from eplb_async.policies._flash_work import Rules
 
@@ -190,52 +176,28 @@ def _rules(topology: Topology, options: FlashLBOptions) -> "Rules":
     )
 
 
-def fingerprints(rows_LP: NDArray[np.int32]) -> NDArray[np.int64]:
-    """A number for each row that tells it from others: its slots as digits to the base 2 ** 40 + 15, modulo 2 ** 64.
+def _recalled(state: bytes, num_layers: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """What the state says was promised, float64 [L], and the fingerprints of the rows it was promised for, int64 [L].
 
-    Row [0, 1] (digits 1 and 2, the first counting least): 1 + 2 * 1099511627791 = 2199023255583. An empty slot is the digit 0.
-
-    Returns:
-        int64 [L].
+    Zeros, which are no promise, where nothing is known.
     """
-    return (rows_LP + np.int64(1)) @ _powers(rows_LP.shape[1])
-
-
-@cache
-def _powers(number: int) -> NDArray[np.int64]:
-    """The powers of the base, from 0 on, modulo 2 ** 64."""
-    factors = np.full(number, 2**40 + 15, dtype=np.int64)
-    factors[0] = 1
-    return np.cumprod(factors)
-
-
-def _promised(state: bytes, print_L: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What was promised for each layer of the live placement, float64 [L]; 1 where nothing is known."""
-    unknown_L = np.ones(len(print_L))
+    promised = planned = bytes(8 * num_layers)
     try:
         known = _DECODER.decode(state)
     except msgspec.DecodeError:
         # lost, of another version or of another policy: the contract allows all of these
-        return unknown_L
-    if known.version != STATE_VERSION or not len(known.promised) == len(known.planned) == 8 * len(print_L):
-        return unknown_L
-    promised_L, planned_L = np.frombuffer(known.promised), np.frombuffer(known.planned, dtype=np.int64)
-    holds_L = (planned_L == print_L) & (promised_L > 0) & (promised_L <= 1)
-    return np.where(holds_L, promised_L, unknown_L)
+        pass
+    else:
+        if known.version == STATE_VERSION and len(known.promised) == len(known.planned) == len(promised):
+            promised, planned = known.promised, known.planned
+    return np.frombuffer(promised), np.frombuffer(planned, dtype=np.int64)
 
 
 def warm_up() -> None:
     """Compile all loops with the types that plans use."""
-    from eplb_async.policies import _matching
-
     topology = Topology(num_ranks=2, slots_per_rank=2)
     live_LP = np.array([[0, 1, 2, 0]], dtype=np.int32)
-    windows_TLE = np.arange(6.0).reshape(2, 1, 3)
-    # as plans get them: numba compiles for arrays that may be written and for others anew
-    live_LP.flags.writeable = windows_TLE.flags.writeable = False
-    flashlb(windows_TLE, live_LP, topology, FlashLBOptions(), b"")
-    live_LP = live_LP.copy()
-    _matching.keep_slots(_matching.match_ranks(live_LP, live_LP, 3, 2, 1), live_LP, 2)
+    flashlb(np.arange(6.0).reshape(2, 1, 3), live_LP, topology, FlashLBOptions(), b"")
 
 
 POLICY = Policy(

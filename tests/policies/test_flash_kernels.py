@@ -54,12 +54,41 @@ def test_plan_layers_equals_its_twin(seed: int) -> None:
     if seed % 2:
         live_LP = random.permuted(live_LP, axis=1)
     promised_L = np.array([1.0, 0.8])
-    work = _flash_work.new_work(len(windows_TLE), experts, rules)
+    work = _flash_work.new_work.py_func(len(windows_TLE), experts, rules)
     planned_LP, gain_L, astray_L, ratio_L = _flash.plan_layers(windows_TLE, live_LP, promised_L, rules, work)
     rows, gains, astray, ratios = twins_flash.plan_layers_twin(windows_TLE, live_LP, promised_L, rules)
     for planned_P, row in zip(planned_LP.tolist(), rows, strict=True):
         assert row is None or planned_P == row
     assert (gain_L.tolist(), astray_L.tolist(), ratio_L.tolist()) == (gains, astray, ratios)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_replan_equals_its_twin(seed: int) -> None:
+    """Promises that hold, rows that change, their slots and fingerprints: all of a plan, with and without a limit of layers."""
+    random = np.random.default_rng(seed)
+    spec = spec_of(12, 16, 4, 5)
+    windows_TLE = drifting(spec, 1 + seed % 3, seed)
+    live_LP = random.permuted(initial_placement(spec), axis=1)
+    promised_L = random.choice([0.5, 0.99, 7.0, -1.0, np.nan], size=5)
+    planned_L = _flash.fingerprints(live_LP) + (random.random(5) < 0.3)
+    rules = _rules(spec.topology, FlashLBOptions(redeploy_below=0.8, stay_within=(0.0, 0.2)[seed % 2]))
+    given = windows_TLE, live_LP, promised_L, planned_L, rules, seed % 4
+    for ours, twins in zip(_flash.replan(*given), twins_flash.replan_twin(*given), strict=True):
+        np.testing.assert_array_equal(ours, twins)
+
+
+def test_a_worked_example_of_promises() -> None:
+    """The numbers in the docstring of `still_promised` are right."""
+    rows, live = np.array([1, 2, 3]), np.array([1, 5, 3])
+    assert _flash.still_promised(np.array([0.9, 0.8, 7.0]), rows, live).tolist() == [0.9, 1, 1]
+
+
+@pytest.mark.parametrize("number", [0, 1, 5, 63, 64, 65, 200, 333])
+def test_heaviest_first_equals_a_stable_sort(number: int) -> None:
+    """For stretches that are counted and those that are merged; equal weights keep their order."""
+    for seed in range(20):
+        weight_N = np.random.default_rng(seed).integers(0, 2 + 10 * seed, size=number).astype(np.float64)
+        assert _flash_work.heaviest_first(weight_N).tolist() == np.argsort(-weight_N, kind="stable").tolist()
 
 
 @pytest.mark.parametrize("rule", [_flash_search.PEAK, _flash_search.RELIEF, _flash_search.PROPORTIONAL])
@@ -83,7 +112,7 @@ def work_for(windows: Any, spec: MoESpec, **more: Any) -> tuple[_flash_work.Work
     """
     windows_TLE = np.asarray(windows, dtype=np.float64)[:, None]
     rules = _rules(spec.topology, FlashLBOptions(**more))
-    work = _flash_work.new_work(len(windows_TLE), spec.num_experts, rules)
+    work = _flash_work.new_work.py_func(len(windows_TLE), spec.num_experts, rules)
     read = _flash_work.read_shares.py_func(windows_TLE, 0, rules.num_ranks, work)
     _flash_work.read_statistics.py_func(work, read[0], rules.z_score)
     return work, rules, read
@@ -212,7 +241,7 @@ def test_a_lower_promise_makes_a_layer_due_later() -> None:
     spec = spec_of(4, 4, 4)
     windows = np.array([[[50.0, 30.0, 20.0, 0.0]], [[50.0, 20.0, 30.0, 0.0]]]) * 100
     rules = _rules(spec.topology, FlashLBOptions(redeploy_below=0.0, least_gain=0.0))
-    work = _flash_work.new_work(2, 4, rules)
+    work = _flash_work.new_work.py_func(2, 4, rules)
     for promised, due in ((0.5, False), (1.0, True)):
         *_, ratio_L = _flash.plan_layers(windows, initial_placement(spec), np.array([promised]), rules, work)
         assert (ratio_L[0] == 0.5) == due

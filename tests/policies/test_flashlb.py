@@ -14,7 +14,8 @@ from eplb_async.core.errors import ConfigError
 from eplb_async.core.placement import initial_placement, replica_count
 from eplb_async.core.score import par, rank_load, windows_par
 from eplb_async.core.spec import MoESpec
-from eplb_async.policies.flashlb import _promised, fingerprints
+from eplb_async.policies._flash import fingerprints, still_promised
+from eplb_async.policies.flashlb import _recalled
 from eplb_async.policies.registry import run_policy
 from eplb_async.testing import check_policy, ranks_with_duplicates
 from tests.policies import twins, twins_flash
@@ -50,6 +51,12 @@ def plan(
         windows_TLE = np.broadcast_to(windows_TLE, (1, spec.num_layers, spec.num_experts))
     start = initial_placement(spec) if live is None else live
     return run_policy("flashlb", windows_TLE, start, spec, options, state)
+
+
+def promised(state: bytes, live_LP: NDArray[np.int32]) -> NDArray[np.float64]:
+    """What a state promises for the layers of a live placement."""
+    promised_L: NDArray[np.float64] = still_promised(*_recalled(state, len(live_LP)), fingerprints(live_LP))
+    return promised_L
 
 
 def peak(load_E: Any, placement_LP: NDArray[np.int32], spec: MoESpec) -> float:
@@ -309,7 +316,7 @@ def test_state_is_small_and_forgets_rows_that_were_not_deployed() -> None:
     assert len(state) < 16 * 60 + 32
     other = live.copy()
     other[7, [0, -1]] = live[7, [-1, 0]]
-    promised_L, for_other_L = (_promised(state, fingerprints(rows)) for rows in (live, other))
+    promised_L, for_other_L = (promised(state, rows) for rows in (live, other))
     assert (promised_L < 1).all()
     assert for_other_L[7] == 1
     np.testing.assert_array_equal(np.delete(for_other_L, 7), np.delete(promised_L, 7))
@@ -321,9 +328,9 @@ def test_promises_are_mean_over_peak() -> None:
     windows = drifting(spec, 3, seed=13)
     live, state = plan(windows, spec)
     loads_TLR = rank_load(windows, live, spec.topology)
-    np.testing.assert_allclose(1 / _promised(state, fingerprints(live)), par(loads_TLR).mean(axis=0))
+    np.testing.assert_allclose(1 / promised(state, live), par(loads_TLR).mean(axis=0))
     strange = msgspec.msgpack.encode([1, np.array([7.0, -1.0, np.nan]).tobytes(), fingerprints(live).tobytes()])
-    assert _promised(strange, fingerprints(live)).tolist() == [1, 1, 1]
+    assert promised(strange, live).tolist() == [1, 1, 1]
 
 
 def test_layers_without_load_and_empty_slots_stay() -> None:

@@ -12,7 +12,8 @@ from eplb_async.policies._flash import HOPELESS, WORSE_THAN_FOUND
 from eplb_async.policies._flash_search import GOOD_ENOUGH, NO_HOMES, PROPORTIONAL, RELIEF
 from eplb_async.policies._flash_swaps import ENOUGH, NO_GAIN, TRIES
 from eplb_async.policies._flash_work import Rules
-from tests.policies.twins import separate_twin
+from eplb_async.policies._matching import match_ranks
+from tests.policies.twins import keep_slots_twin, separate_twin
 
 __all__ = [
     "LayerTwin",
@@ -21,6 +22,7 @@ __all__ = [
     "find_swap_twin",
     "fingerprint_twin",
     "plan_layers_twin",
+    "replan_twin",
     "search_twin",
     "spare_order_twin",
     "swap_experts_twin",
@@ -339,6 +341,30 @@ def plan_layers_twin(
         ratios[-1] = 1 / par
         rows[-1] = [expert for experts in bins for expert in experts]
     return rows, gains, astray, ratios
+
+
+def replan_twin(
+    windows_TLE: FloatArray,
+    live_LP: IntArray,
+    promised_L: FloatArray,
+    planned_L: NDArray[np.int64],
+    rules: Rules,
+    most_layers: int,
+) -> tuple[IntArray, FloatArray, NDArray[np.int64]]:
+    """`replan`, all changed layers at once."""
+    print_L = np.array([fingerprint_twin(row) for row in live_LP.tolist()])
+    holds_L = np.where((planned_L == print_L) & (promised_L > 0) & (promised_L <= 1), promised_L, 1.0)
+    rows, gains, astray, ratios = plan_layers_twin(windows_TLE, live_LP, holds_L, rules)
+    order = np.argsort(-np.array(gains), kind="stable")
+    chosen = [int(layer) for layer in order if gains[layer] > 0][: most_layers or None]
+    placement_LP = live_LP.copy()
+    for layer in chosen:
+        row_LP, live_row_LP = np.array([rows[layer]], dtype=np.int32), live_LP[layer : layer + 1]
+        if astray[layer]:
+            row_LP = match_ranks(row_LP, live_row_LP, windows_TLE.shape[2], rules.slots_per_rank, 1)
+        placement_LP[layer] = keep_slots_twin(row_LP, live_row_LP, rules.slots_per_rank)[0]
+        holds_L[layer], print_L[layer] = ratios[layer], fingerprint_twin(placement_LP[layer].tolist())
+    return placement_LP, holds_L, print_L
 
 
 def fingerprint_twin(row_P: list[int]) -> int:
