@@ -280,7 +280,7 @@ def heaviest_first(weight_N: FloatArray) -> IndexArray:
     for start in range(0, num_items, COUNTED):
         end = min(start + COUNTED, num_items)
         for item in range(start, end):
-            before, weight = 0, weight_N[item]
+            before, weight = np.int64(0), weight_N[item]
             for other in range(start, item):
                 first = np.int64(weight_N[other] >= weight)
                 before += first

@@ -44,13 +44,13 @@ def complete_rows(
     done_L = np.ones(num_layers, dtype=np.bool_)
     for layer in range(num_layers):
         count_E = np.zeros(num_experts, dtype=np.int64)
-        on_ER = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+        on_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
         for slot in range(num_slots):
             expert, rank = rows_LP[layer, slot], slot // width
-            if expert < 0 or on_ER[expert, rank]:
+            if expert < 0 or on_RE[rank, expert]:
                 rows_LP[layer, slot] = -1
                 continue
-            on_ER[expert, rank] = True
+            on_RE[rank, expert] = True
             count_E[expert] += 1
             done_L[layer] &= node_LE[layer, expert] == node_R[rank]
         for slot in range(num_slots):
@@ -58,7 +58,7 @@ def complete_rows(
                 continue
             best, rank = -1, slot // width
             for expert in range(num_experts):
-                if on_ER[expert, rank] or count_E[expert] >= most_replicas or node_LE[layer, expert] != node_R[rank]:
+                if on_RE[rank, expert] or count_E[expert] >= most_replicas or node_LE[layer, expert] != node_R[rank]:
                     continue
                 if best < 0 or load_LE[layer, expert] * count_E[best] > load_LE[layer, best] * count_E[expert]:
                     best = expert
@@ -66,7 +66,7 @@ def complete_rows(
                 done_L[layer] = False
                 break
             rows_LP[layer, slot] = best
-            on_ER[best, rank] = True
+            on_RE[rank, best] = True
             count_E[best] += 1
     return rows_LP, done_L
 
@@ -108,11 +108,11 @@ def search_layers(  # size: all that a search depends on
     for layer in range(num_layers):
         if not load_LET[layer].any():
             continue
-        live_ER = _holds(live_LP[layer], num_experts, num_ranks)
+        live_RE = _holds(live_LP[layer], num_experts, num_ranks)
         state = layer_state(
             load_LET[layer],
             start_LP[layer].copy(),
-            live_ER,
+            live_RE,
             node_LE[layer],
             node_R,
             most_replicas,
@@ -177,18 +177,18 @@ def moved_slots(rows_LP: IntArray, live_LP: IntArray, num_experts: int, num_rank
     moved_L = np.zeros(rows_LP.shape[0], dtype=np.int64)
     width = rows_LP.shape[1] // num_ranks
     for layer in range(rows_LP.shape[0]):
-        live_ER = _holds(live_LP[layer], num_experts, num_ranks)
+        live_RE = _holds(live_LP[layer], num_experts, num_ranks)
         for slot in range(rows_LP.shape[1]):
-            moved_L[layer] += not live_ER[rows_LP[layer, slot], slot // width]
+            moved_L[layer] += not live_RE[slot // width, rows_LP[layer, slot]]
     return moved_L
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
 def _holds(row_P: IntArray, num_experts: int, num_ranks: int) -> BoolArray:
-    """Which rank holds which expert; slots with -1 are empty. bool [E, R]."""
-    holds_ER = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+    """Which rank holds which expert; slots with -1 are empty. bool [R, E]."""
+    holds_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
     width = row_P.shape[0] // num_ranks
     for slot in range(row_P.shape[0]):
         if row_P[slot] >= 0:
-            holds_ER[row_P[slot], slot // width] = True
-    return holds_ER
+            holds_RE[slot // width, row_P[slot]] = True
+    return holds_RE

@@ -14,13 +14,26 @@ from numpy.typing import NDArray
 
 from eplb_async.policies._kernels import CACHE
 
-__all__ = ["EVEN", "STEEP", "LayerState", "above", "layer_state", "mean_peak", "refresh_relief", "take_step"]
+__all__ = [
+    "COOL_RANKS",
+    "EVEN",
+    "STEEP",
+    "LayerState",
+    "above",
+    "layer_state",
+    "mean_peak",
+    "refresh_relief",
+    "take_step",
+]
 
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+COOL_RANKS = 4
+"""Ranks that take part in a step beside the busy one: those with least load in the windows in which it is busy. Twice as many take
+half as long again, and move a twentieth less."""
 STEEP = 0.5
 """Weight of load above the waterline against its square: either alone costs moves or balance."""
 EVEN = 0.01
@@ -35,15 +48,19 @@ class LayerState(NamedTuple):
         row_P: expert of each slot: no slot empty, no expert twice on a rank.
         count_E: replicas of each expert.
         host_EK: ranks that hold each expert; the first count_E of each row.
-        on_ER, live_ER: which rank holds which expert, now and in the live placement.
+        on_RE, live_RE: which rank holds which expert, now and in the live placement.
         load_RT: load of each rank in each window.
         above_R: potential of each rank.
         node_E, node_R: an expert may only be on ranks of its node.
         split_E: spread times the square of each expert's load, summed over windows.
         over_R: which ranks are above the waterline in some window.
-        relief_E: what one more replica of each expert would take off the potential of those of its ranks; zero where it may get none.
+        relief_E: what one more replica of each expert would take off the potential of those of its ranks; minus infinity where it may get none.
         splits_E: what one more replica takes off each expert's `split_E` / replicas.
-        stale_R: ranks whose load changed since `relief_E` and `splits_E` were worked out.
+        mean_E: mean load of each expert over windows.
+        share_E: the part of it that one more replica would get.
+        stale_R: ranks whose load changed since `relief_E`, `splits_E` and `share_E` were worked out.
+        slope_T, cool_C, heat_C: scratch: of the rank that is to be relieved, see `_frontier._coolest`.
+        ceiling_E, slopes_2S, costs_S: scratch: bounds for the experts of a slot, and of two ranks.
         waterline: see `_frontier`.
     """
 
@@ -51,8 +68,8 @@ class LayerState(NamedTuple):
     row_P: IntArray
     count_E: LongArray
     host_EK: LongArray
-    on_ER: BoolArray
-    live_ER: BoolArray
+    on_RE: BoolArray
+    live_RE: BoolArray
     load_RT: FloatArray
     above_R: FloatArray
     node_E: LongArray
@@ -61,7 +78,15 @@ class LayerState(NamedTuple):
     over_R: BoolArray
     relief_E: FloatArray
     splits_E: FloatArray
+    mean_E: FloatArray
+    share_E: FloatArray
     stale_R: BoolArray
+    slope_T: FloatArray
+    cool_C: LongArray
+    heat_C: FloatArray
+    ceiling_E: FloatArray
+    slopes_2S: FloatArray
+    costs_S: LongArray
     waterline: float
 
 
@@ -93,7 +118,7 @@ def above(  # size: inlined into loops
 def layer_state(  # size: what a layer's state is made of
     load_ET: FloatArray,
     row_P: IntArray,
-    live_ER: BoolArray,
+    live_RE: BoolArray,
     node_E: LongArray,
     node_R: LongArray,
     most_replicas: int,
@@ -109,11 +134,11 @@ def layer_state(  # size: what a layer's state is made of
     width = row_P.shape[0] // num_ranks
     count_E = np.zeros(num_experts, dtype=np.int64)
     host_EK = np.full((num_experts, most_replicas), -1, dtype=np.int64)
-    on_ER = np.zeros((num_experts, num_ranks), dtype=np.bool_)
+    on_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
     for slot in range(row_P.shape[0]):
         expert, rank = row_P[slot], slot // width
         host_EK[expert, count_E[expert]] = rank
-        on_ER[expert, rank] = True
+        on_RE[rank, expert] = True
         count_E[expert] += 1
     load_RT = np.zeros((num_ranks, num_windows))
     for slot in range(row_P.shape[0]):
@@ -125,17 +150,19 @@ def layer_state(  # size: what a layer's state is made of
         above_R[rank] = above(load_RT, load_ET, waterline, rank, 0, 0.0, 0, 0.0)
         for window in range(num_windows):
             over_R[rank] |= load_RT[rank, window] > waterline
-    split_E = np.zeros(num_experts)
+    split_E, mean_E = np.zeros(num_experts), np.zeros(num_experts)
     for expert in range(num_experts):
         for window in range(num_windows):
             split_E[expert] += spread * load_ET[expert, window] * load_ET[expert, window]
+            mean_E[expert] += load_ET[expert, window]
+        mean_E[expert] /= num_windows
     return LayerState(
         load_ET,
         row_P,
         count_E,
         host_EK,
-        on_ER,
-        live_ER,
+        on_RE,
+        live_RE,
         load_RT,
         above_R,
         node_E,
@@ -144,14 +171,22 @@ def layer_state(  # size: what a layer's state is made of
         over_R,
         np.zeros(num_experts),
         np.zeros(num_experts),
+        mean_E,
+        np.zeros(num_experts),
         np.ones(num_ranks, dtype=np.bool_),
+        np.zeros(num_windows),
+        np.zeros(min(COOL_RANKS, num_ranks - 1), dtype=np.int64),
+        np.zeros(min(COOL_RANKS, num_ranks - 1)),
+        np.zeros(num_experts),
+        np.zeros((2, width)),
+        np.zeros(width, dtype=np.int64),
         waterline,
     )
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
 def refresh_relief(state: LayerState) -> None:
-    """Bring `relief_E` and `splits_E` up to date: for the experts of ranks whose load changed, which all that steps moved are on.
+    """Bring `relief_E`, `splits_E` and `share_E` up to date: for the experts of ranks whose load changed, which all that steps moved are on.
 
     Loads [[1.5], [0.5]] in slots [0 | 1] on 2 ranks, waterline 1: half of expert 0 leaves rank 0 with 0.75, which is
     0.5 * (0.5 + 0.5) + 0.01 * 0.25 = 0.5025 before and 0.01 * 0.0625 = 0.000625 after: [0.501875, 0].
@@ -159,7 +194,7 @@ def refresh_relief(state: LayerState) -> None:
     load_RT, load_ET, waterline, row_P = state.load_RT, state.load_ET, state.waterline, state.row_P
     count_E, host_EK, above_R = state.count_E, state.host_EK, state.above_R
     over_R, relief_E, stale_R = state.over_R, state.relief_E, state.stale_R
-    split_E, splits_E = state.split_E, state.splits_E
+    split_E, splits_E, mean_E, share_E = state.split_E, state.splits_E, state.mean_E, state.share_E
     most, num_ranks = host_EK.shape[1], load_RT.shape[0]
     width = row_P.shape[0] // num_ranks
     for rank in range(num_ranks):
@@ -174,7 +209,8 @@ def refresh_relief(state: LayerState) -> None:
                 if over_R[host]:
                     less = 1.0 / (count + 1) - 1.0 / count
                     relief += above_R[host] - above(load_RT, load_ET, waterline, host, expert, less, expert, 0.0)
-            relief_E[expert] = relief
+            relief_E[expert] = relief if count < most else -np.inf
+            share_E[expert] = mean_E[expert] / (count + 1)
             splits_E[expert] = split_E[expert] / (count * (count + 1))
 
 
@@ -196,7 +232,7 @@ def take_step(state: LayerState, first: int, expert: int, second: int) -> None:
 
     Slots [0, 1 | 2, 3]: take_step(state, 0, 3, 3) gives [3, 1 | 2, 0].
     """
-    row_P, count_E, host_EK, on_ER = state.row_P, state.count_E, state.host_EK, state.on_ER
+    row_P, count_E, host_EK, on_RE = state.row_P, state.count_E, state.host_EK, state.on_RE
     width = row_P.shape[0] // state.node_R.shape[0]
     held, rank = row_P[first], first // width
     count, held_count = count_E[expert], count_E[held]
@@ -206,8 +242,8 @@ def take_step(state: LayerState, first: int, expert: int, second: int) -> None:
         _shift(state, other, held, 1.0 / held_count, expert, -1.0 / count)
         host_EK[held, _copy_on(host_EK[held], rank)] = other
         host_EK[expert, _copy_on(host_EK[expert], other)] = rank
-        on_ER[held, rank], on_ER[held, other] = False, True
-        on_ER[expert, other], on_ER[expert, rank] = False, True
+        on_RE[rank, held], on_RE[other, held] = False, True
+        on_RE[other, expert], on_RE[rank, expert] = False, True
         row_P[second] = held
     else:
         for copy in range(count):
@@ -219,7 +255,7 @@ def take_step(state: LayerState, first: int, expert: int, second: int) -> None:
         host_EK[held, _copy_on(host_EK[held], rank)] = host_EK[held, held_count - 1]
         host_EK[held, held_count - 1] = -1
         host_EK[expert, count] = rank
-        on_ER[held, rank], on_ER[expert, rank] = False, True
+        on_RE[rank, held], on_RE[rank, expert] = False, True
         count_E[held] -= 1
         count_E[expert] += 1
     row_P[first] = expert

@@ -1,5 +1,7 @@
 """The `flashlb` policy: its promises, its options and its state, and how far it is from the exact optimum."""
 
+# size: every rule of one policy
+
 import os
 from itertools import combinations_with_replacement
 from pathlib import Path

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eplb_async.core.placement import replica_count
 from eplb_async.core.score import windows_par
 from eplb_async.core.spec import Topology
-from eplb_async.policies import _frontier, _frontier_layers, _frontier_state
+from eplb_async.policies import _frontier_layers, _frontier_state, _frontier_steps
 from tests.policies import twins_frontier
 
 FloatArray = NDArray[np.float64]
@@ -84,11 +84,11 @@ def state_of(
     settings_: tuple[float, float],
 ) -> _frontier_state.LayerState:
     """`layer_state`; nodes: of experts and ranks, and most replicas; settings: waterline and spread."""
-    live_ER = np.zeros((len(load_ET), len(nodes[1])), dtype=np.bool_)
+    live_RE = np.zeros((len(nodes[1]), len(load_ET)), dtype=np.bool_)
     ranks = np.arange(len(live_P)) // (len(live_P) // len(nodes[1]))
-    live_ER[live_P[live_P >= 0], ranks[live_P >= 0]] = True
+    live_RE[ranks[live_P >= 0], live_P[live_P >= 0]] = True
     load_ET = np.ascontiguousarray(load_ET)
-    state: _frontier_state.LayerState = _frontier_state.layer_state(load_ET, row_P, live_ER, *nodes, *settings_)
+    state: _frontier_state.LayerState = _frontier_state.layer_state(load_ET, row_P, live_RE, *nodes, *settings_)
     return state
 
 
@@ -136,11 +136,11 @@ def step_candidates(state: _frontier_state.LayerState) -> list[tuple[int, int, i
     found = []
     for slot, held in enumerate(state.row_P.tolist()):
         rank = slot // width
-        others = [expert for expert in range(num_experts) if not state.on_ER[expert, rank]]
+        others = [expert for expert in range(num_experts) if not state.on_RE[rank, expert]]
         if state.count_E[held] > 1:
             found += [(slot, expert, -1) for expert in others if state.count_E[expert] < most]
         for second, other in enumerate(state.row_P.tolist()):
-            if not state.on_ER[other, rank] and not state.on_ER[held, second // width]:
+            if not state.on_RE[rank, other] and not state.on_RE[second // width, held]:
                 found.append((slot, other, second))
     return found
 
@@ -176,7 +176,7 @@ def test_worked_example_of_the_gain() -> None:
     row = np.array([0, 1, 2, 1], dtype=np.int32)
     state = state_of(np.array([[1.6], [0.2], [0.2]]), row, row, nodes, (1.0, 0.0))
     np.testing.assert_allclose(state.load_RT, [[1.7], [0.3]])
-    assert _frontier.replace_gain(state, 3, 0) == pytest.approx(0.8498)
+    assert _frontier_steps.replace_gain(state, 3, 0) == pytest.approx(0.8498)
 
 
 def test_worked_examples_of_the_layers() -> None:
@@ -211,7 +211,7 @@ def test_state_follows_every_step(seed: int, windows: int, nodes: int) -> None:
             break
         slot, expert, second = candidates[random.integers(len(candidates))]
         before = state.above_R.sum()
-        gain = _frontier.replace_gain(state, slot, expert) if second < 0 else None
+        gain = _frontier_steps.replace_gain(state, slot, expert) if second < 0 else None
         _frontier_state.take_step(state, slot, expert, second)
         if gain is not None:
             assert before - state.above_R.sum() == pytest.approx(gain, abs=1e-9)
@@ -224,8 +224,9 @@ def test_state_follows_every_step(seed: int, windows: int, nodes: int) -> None:
         np.testing.assert_array_equal(state.over_R, fresh.over_R)
         np.testing.assert_allclose(state.relief_E, fresh.relief_E, atol=1e-9)
         np.testing.assert_allclose(state.splits_E, fresh.splits_E, atol=1e-9)
+        np.testing.assert_allclose(state.share_E, fresh.share_E, atol=1e-9)
         np.testing.assert_array_equal(state.count_E, fresh.count_E)
-        np.testing.assert_array_equal(state.on_ER, fresh.on_ER)
+        np.testing.assert_array_equal(state.on_RE, fresh.on_RE)
         np.testing.assert_array_equal(np.sort(state.host_EK, axis=1), np.sort(fresh.host_EK, axis=1))
         used = np.arange(layers.most) < state.count_E[:, None]
         assert (state.host_EK[used] >= 0).all()

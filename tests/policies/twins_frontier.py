@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.policies._frontier import CLEARS, COOL_RANKS, ENOUGH, LEAST_COST, LEAST_FAVOUR, LEAST_GAIN, MOST_FAVOUR
-from eplb_async.policies._frontier_state import EVEN, STEEP
+from eplb_async.policies._frontier import CLEARS
+from eplb_async.policies._frontier_state import COOL_RANKS, EVEN, STEEP
+from eplb_async.policies._frontier_steps import ENOUGH, LEAST_COST, LEAST_FAVOUR, LEAST_GAIN, MOST_FAVOUR
 
 __all__ = ["Plain", "complete_row_twin", "journal_twin"]
 
@@ -164,7 +165,7 @@ def _cost(layer: Plain, row_P: IntArray) -> float:
 
 
 def _best_replace(layer: Plain, busiest: int, least: float) -> tuple[int, int, float]:
-    """`_frontier._best_replace`."""
+    """`_frontier_steps.best_replace`."""
     row_P, count_E, now_R = layer.row_P, layer.count(), layer.above(layer.row_P)
     here, split_E = layer.holds(busiest, row_P), layer.spread * (layer.load_ET**2).sum(axis=1)
     over_R = layer.loads(row_P, count_E).max(axis=1) > layer.waterline
@@ -224,7 +225,7 @@ def _favoured(gain: float, fewer: float) -> float:
 
 
 def _best_swap(layer: Plain, busiest: int, least: float) -> tuple[tuple[int, int, int], float]:
-    """`_frontier._best_swap`: the step, and its fall per slot."""
+    """`_frontier_steps.best_swap`: the step, and its fall per slot."""
     row_P, count_E, now_R = layer.row_P, layer.count(), layer.above(layer.row_P)
     slope_T, cool_C = _coolest(layer, busiest)
     best_step, best = (-1, -1, -1), least
