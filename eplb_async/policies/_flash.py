@@ -71,17 +71,16 @@ def replan(
     holds_L = still_promised(promised_L, planned_L, print_L)
     work = new_work(windows_TLE.shape[0], num_experts, rules)
     planned_LP, gain_L, astray_L, ratio_L = plan_layers(windows_TLE, live_LP, holds_L, rules, work)
-    changed = 0
-    for layer in heaviest_first(gain_L):
+    for changed, layer in enumerate(heaviest_first(gain_L)):
         if gain_L[layer] <= 0.0 or changed == most_layers > 0:
             break
         row_1P = planned_LP[layer : layer + 1]
         if astray_L[layer]:
             row_1P = match_ranks(row_1P, live_LP[layer : layer + 1], num_experts, rules.slots_per_rank, 1)
         row_1P = keep_slots(row_1P, live_LP[layer : layer + 1], rules.slots_per_rank)
-        placement_LP[layer] = row_1P[0]
+        for slot in range(live_LP.shape[1]):
+            placement_LP[layer, slot] = row_1P[0, slot]
         holds_L[layer], print_L[layer] = ratio_L[layer], fingerprints(row_1P)[0]
-        changed += 1
     return placement_LP, holds_L, print_L
 
 
