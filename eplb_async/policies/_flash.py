@@ -78,7 +78,8 @@ def replan(
         if astray_L[layer]:
             row_1P = match_ranks(row_1P, live_LP[layer : layer + 1], num_experts, rules.slots_per_rank, 1)
         row_1P = keep_slots(row_1P, live_LP[layer : layer + 1], rules.slots_per_rank)
-        placement_LP[layer] = row_1P[0]
+        for slot in range(live_LP.shape[1]):
+            placement_LP[layer, slot] = row_1P[0, slot]
         holds_L[layer], print_L[layer] = ratio_L[layer], fingerprints(row_1P)[0]
     return placement_LP, holds_L, print_L
 

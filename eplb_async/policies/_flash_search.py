@@ -32,11 +32,11 @@ NO_HOMES = 0.0
 """As `within` of `deal`: the live placement does not matter."""
 
 
-@numba.njit(error_model="numpy", cache=CACHE)
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
 def spare_order(
-    risk_E: FloatArray, ranked_E: IndexArray, first: int, last: int, spare: int, rules: Rules
-) -> IndexArray:
-    """The places in `ranked_E`, from first to last - 1, that get a spare slot, one after the other.
+    work: Work, ranked_E: IndexArray, stretch: tuple[int, int], spare: int, rules: Rules, order_P: IndexArray
+) -> int:
+    """The places in `ranked_E`, in a stretch of it, that get a spare slot, one after the other; how many.
 
     Risks [90, 40, 20] in this order, 3 spare slots by the rule PEAK: 90, then 45, then 40: [0, 0, 1].
 
@@ -44,25 +44,27 @@ def spare_order(
     before a riskier one that has one, so only those with several and the first with one are compared.
 
     Args:
-        risk_E: of each expert.
+        work: `risk_E` is read; `unit_E` is scratch.
         ranked_E: experts by descending risk.
-        first: the stretch begins here ...
-        last: ... and ends before here.
+        stretch: where it begins, and before where it ends.
         spare: slots to give out.
         rules: `replica_rule` and `most_replicas`.
+        order_P: out: the places.
 
     Returns:
-        int64, at most `spare`: fewer if all have as many as they may. Ties: fewest replicas first, then the first place.
+        At most `spare`: fewer if all have as many as they may. Ties: fewest replicas first, then the first place.
     """
-    order = np.zeros(spare, dtype=np.int64)
-    count = np.ones(last - first, dtype=np.int64)
+    first, last = stretch
+    risk_E, count = work.risk_E, work.unit_E
+    for place in range(last - first):
+        count[place] = 1.0
     given, several = 0, 0
     while given < spare:
         best, most_wanted = -1, -1.0
         for place in range(min(several + 1, last - first)):
             replicas = count[place]
             if replicas < rules.most_replicas:
-                divisor = float(replicas)
+                divisor = replicas
                 if rules.replica_rule == RELIEF:
                     divisor = replicas * (replicas + 1.0)
                 elif rules.replica_rule == PROPORTIONAL:
@@ -74,9 +76,9 @@ def spare_order(
             break
         count[best] += 1
         several = max(several, best + 1)
-        order[given] = first + best
+        order_P[given] = first + best
         given += 1
-    return order[:given]
+    return given
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
@@ -140,6 +142,9 @@ def deal(  # size: one pass over all experts, with what a layer and a placement 
                             for window in range(num_windows):
                                 joint += spread_RX[rank, window] * off_TE[window, expert]
                         var = max(var_R[rank] + own + 2.0 * part * joint, 0.0)
+                        # most ranks fail already by the squares: a root takes longer than all the rest
+                        if risk * risk * var >= (least - level) * (least - level):
+                            continue
                         level += risk * np.sqrt(var)
                     if level < least:
                         best, least, best_var = rank, level, var
@@ -204,23 +209,26 @@ def search(  # size: one walk down the tree
         The mean PAR of the best simulated placement, which `deal` makes again of the order and the counts.
     """
     num_experts = ranked_E.shape[0]
-    risk_E, mean_E = work.risk_E, work.mean_E
+    risk_E, mean_E, rule_P, rest_P = work.risk_E, work.mean_E, work.rule_P, work.rest_P
+    trial_E, order_E, best_E, unit_E = work.trial_E, work.order_E, work.best_E, work.unit_E
     per_group = -(-num_experts // rules.depth)
     spare = rules.num_ranks * rules.slots_per_rank - num_experts
-    order = spare_order(risk_E, ranked_E, 0, num_experts, spare, rules)
-    _give(ranked_E, 0, order, spare, count_E)
+    spare_order(work, ranked_E, (0, num_experts), spare, rules, rule_P)
+    _give(ranked_E, 0, rule_P, spare, count_E)
     good = GOOD_ENOUGH
     for expert in range(num_experts):
         good = max(good, mean_E[expert] / count_E[expert] * GOOD_ENOUGH)
-    trial_E, order_E, best_E = count_E.copy(), ranked_E.copy(), ranked_E.copy()
+    for place in range(num_experts):
+        trial_E[place] = count_E[place]
+        order_E[place] = best_E[place] = ranked_E[place]
     best, level = np.inf, np.inf
-    unit_E = np.zeros(num_experts)
     first, last = 0, per_group
     while first == 0 or (last < num_experts and spare > 0 and level > good):
-        order = spare_order(risk_E, ranked_E, first, min(last, num_experts), spare, rules)
-        rest = spare_order(risk_E, ranked_E, min(last, num_experts), num_experts, spare, rules)
+        end = min(last, num_experts)
+        most = min(spare_order(work, ranked_E, (first, end), spare, rules, rule_P), spare)
+        most_rest = spare_order(work, ranked_E, (end, num_experts), spare, rules, rest_P)
         start = 0
-        for place in range(first, min(last, num_experts)):
+        for place in range(first, end):
             start += count_E[ranked_E[place]] - 1
         chosen, away, side, furthest = start, 0, 1, min(rules.width, spare)
         # the start itself is known but for the first group; then one less, one more, two less, ...
@@ -229,10 +237,10 @@ def search(  # size: one walk down the tree
         while away <= furthest and level > good:
             given = start + side * away
             away, side = (away, 1) if side < 0 else (away + 1, -1)
-            if given < 0 or given > order.shape[0] or given > spare or spare - given > rest.shape[0]:
+            if given < 0 or given > most or spare - given > most_rest:
                 continue
-            _give(ranked_E, first, order, given, trial_E)
-            _give(ranked_E, last, rest, spare - given, trial_E)
+            _give(ranked_E, first, rule_P, given, trial_E)
+            _give(ranked_E, end, rest_P, spare - given, trial_E)
             _resort(order_E, trial_E, risk_E, unit_E)
             score, _ = deal(work, num_windows, order_E, trial_E, NO_HOMES, best, rules)
             if score < best:
@@ -242,8 +250,8 @@ def search(  # size: one walk down the tree
                     level = max(level, work.mean_R[rank])
                 for place in range(num_experts):
                     best_E[place] = order_E[place]
-        _give(ranked_E, first, order, chosen, count_E)
-        _give(ranked_E, last, rest, spare - chosen, count_E)
+        _give(ranked_E, first, rule_P, chosen, count_E)
+        _give(ranked_E, end, rest_P, spare - chosen, count_E)
         for expert in range(num_experts):
             trial_E[expert] = count_E[expert]
         spare -= chosen

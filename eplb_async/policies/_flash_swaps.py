@@ -21,7 +21,7 @@ ENOUGH = 0.8
 """The search for a swap ends once it gains as much of what lowering this one rank can gain."""
 
 NO_GAIN = 1e-9
-"""A gain of the mean PAR below this is none: it may come from rounding."""
+"""A gain of the mean PAR below this is none: it may come from rounding. So is a loss of evenness."""
 
 TRIES = 1
 """Ranks that no swap lowers before the swapping ends."""
@@ -34,7 +34,9 @@ def swap_experts(work: Work, num_windows: int, count_E: IndexArray, score: float
     One window, rank loads 5 + 4 and 2 + 1 (experts 0, 1 | 2, 3): swapping 0 with 2 gives 6 and 6, and no swap improves that.
 
     Only swaps that lower the mean load of the rank, and leave the other below it, are tried: what helps in a few recorded
-    windows alone will not help in the next ones.
+    windows alone will not help in the next ones. A single window says nothing about how loads vary. There, swaps that keep the
+    two ranks even go first: whose busier one would not be busier if all experts were equally hot. Where hot experts, which have
+    several replicas, are others in the next window, ranks without such replicas are the busiest.
 
     Args:
         work: shares and means are read, the placement with its loads and means changed.
@@ -46,18 +48,18 @@ def swap_experts(work: Work, num_windows: int, count_E: IndexArray, score: float
     Returns:
         The mean PAR after the swaps.
     """
-    row_RS, load_RT, mean_R, held_RE = work.row_RS, work.load_RT, work.mean_R, work.held_RE
-    held_RE[:] = 0
-    for rank in range(rules.num_ranks):
-        for slot in range(rules.slots_per_rank):
-            held_RE[rank, row_RS[rank, slot]] += 1
-    settled_R = np.zeros(rules.num_ranks, dtype=np.int64)
+    row_RS, load_RT, mean_R = work.row_RS, work.load_RT, work.mean_R
+    held_RE, unit_RS, even_R, settled_R = work.held_RE, work.unit_RS, work.even_R, work.settled_R
+    _read_slots(work, count_E)
+    settled_R[:] = 0
     swaps, failed = 0, 0
     while swaps < rules.most_swaps and failed < TRIES and score > rules.good_enough:
         busiest = find_peaks(load_RT, mean_R, num_windows, settled_R, work.top_3T)
         if busiest < 0:
             break
-        gain, mine, other, theirs = find_swap(work, num_windows, count_E, busiest)
+        gain, mine, other, theirs = find_swap(work, num_windows, count_E, busiest, num_windows == 1)
+        if other < 0 and num_windows == 1:
+            gain, mine, other, theirs = find_swap(work, num_windows, count_E, busiest, False)
         if other < 0:
             settled_R[busiest] = 1
             failed += 1
@@ -71,7 +73,10 @@ def swap_experts(work: Work, num_windows: int, count_E: IndexArray, score: float
         less = work.mean_E[expert] * part - work.mean_E[swapped] * swapped_part
         mean_R[busiest] -= less
         mean_R[other] += less
+        even_R[busiest] -= part - swapped_part
+        even_R[other] += part - swapped_part
         row_RS[busiest, mine], row_RS[other, theirs] = swapped, expert
+        unit_RS[busiest, mine], unit_RS[other, theirs] = unit_RS[other, theirs], unit_RS[busiest, mine]
         held_RE[busiest, expert] -= 1
         held_RE[other, expert] += 1
         held_RE[other, swapped] -= 1
@@ -83,8 +88,22 @@ def swap_experts(work: Work, num_windows: int, count_E: IndexArray, score: float
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def _read_slots(work: Work, count_E: IndexArray) -> None:
+    """What the swaps look up, of the placement: `held_RE`, `unit_RS` and `even_R`."""
+    row_RS, held_RE, unit_RS, even_R = work.row_RS, work.held_RE, work.unit_RS, work.even_R
+    held_RE[:] = 0
+    even_R[:] = 0.0
+    for rank in range(row_RS.shape[0]):
+        for slot in range(row_RS.shape[1]):
+            expert = row_RS[rank, slot]
+            held_RE[rank, expert] += 1
+            unit_RS[rank, slot] = work.mean_E[expert] / count_E[expert]
+            even_R[rank] += 1.0 / count_E[expert]
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
 def find_swap(  # size: the innermost loops stand here: a call with the arrays that they read takes longer than they do
-    work: Work, num_windows: int, count_E: IndexArray, busiest: int
+    work: Work, num_windows: int, count_E: IndexArray, busiest: int, evenly: bool
 ) -> tuple[float, int, int, int]:
     """The swap of an expert of the busiest rank with one of another rank that lowers the sum of the peaks most.
 
@@ -96,16 +115,18 @@ def find_swap(  # size: the innermost loops stand here: a call with the arrays t
     load grows on average), so a swap that has not gained more than the best one there is given up.
 
     Args:
-        work: the placement with its peaks (`find_peaks`) and `held_RE`; `windows_T`, `rest_T` and `rank_R` are scratch.
+        work: the placement with its peaks (`find_peaks`), `unit_RS`, `even_R` and `held_RE`; `windows_T`, `rest_T` and `rank_R` are scratch.
         num_windows: those with load.
         count_E: replicas of each expert.
         busiest: the rank.
+        evenly: only swaps after which the busier of the two is no busier if all experts are equally hot.
 
     Returns:
         The gain, summed over windows; the slot of the busiest rank, the other rank (-1 if no swap gains), and its slot.
     """
-    row_RS, load_RT, mean_R, mean_E, share_ET = work.row_RS, work.load_RT, work.mean_R, work.mean_E, work.share_ET
+    row_RS, load_RT, mean_R, unit_RS, share_ET = work.row_RS, work.load_RT, work.mean_R, work.unit_RS, work.share_ET
     top_3T, rest_T, windows_T, held_RE, rank_R = work.top_3T, work.rest_T, work.windows_T, work.held_RE, work.rank_R
+    even_R = work.even_R
     per_rank = row_RS.shape[1]
     num_first, most = _order_windows(load_RT, top_3T, num_windows, busiest, windows_T)
     _sort_ranks(mean_R, rank_R)
@@ -127,9 +148,16 @@ def find_swap(  # size: the innermost loops stand here: a call with the arrays t
             part = 1.0 / count_E[expert]
             near, off = -1, half
             for place in range(per_rank):
+                away = abs(unit_RS[busiest, slot] - unit_RS[rank, place] - half)
                 swapped = row_RS[rank, place]
-                away = abs(mean_E[expert] * part - mean_E[swapped] / count_E[swapped] - half)
                 if away < off and not held_RE[busiest, swapped]:
+                    if evenly:
+                        less = part - 1.0 / count_E[swapped]
+                        if (
+                            max(even_R[busiest] - less, even_R[rank] + less)
+                            > max(even_R[busiest], even_R[rank]) + NO_GAIN
+                        ):
+                            continue
                     near, off = place, away
             if near < 0:
                 continue

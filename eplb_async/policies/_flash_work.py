@@ -32,6 +32,7 @@ INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 COUNTED = 64
 """Items that are sorted by counting; longer stretches are merged of those."""
 
+
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -83,6 +84,16 @@ class Work(NamedTuple):
     """Ranks of the first expert's replicas, then of the second's, ..."""
     home_at_E: IndexArray
     """Where in `home_P` those of expert e begin and, at e + 1, end."""
+    # of the search
+    rule_P: IndexArray
+    """Places that get spare slots, in the order of `spare_order`: of the group ..."""
+    rest_P: IndexArray
+    """... and of the groups after it."""
+    trial_E: IndexArray
+    order_E: IndexArray
+    best_E: IndexArray
+    unit_E: FloatArray
+    """Risk of one replica."""
     # of the placement that is being made
     row_RS: IntArray
     filled_R: IndexArray
@@ -105,6 +116,12 @@ class Work(NamedTuple):
     """Windows, those first in which the rank that is to be lowered is the busiest."""
     held_RE: IntArray
     """How often a rank holds an expert."""
+    unit_RS: FloatArray
+    """Mean load of the replica in each slot."""
+    even_R: FloatArray
+    """What each rank would have if all experts had one token."""
+    settled_R: IndexArray
+    """Ranks that no swap lowers."""
     rank_R: IndexArray
     """Ranks by ascending mean load; while dealing, those with room first."""
 
@@ -114,7 +131,9 @@ def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
     """Arrays for layers of up to T windows."""
     ranks, per_rank = rules.num_ranks, rules.slots_per_rank
     wide = num_experts if num_windows * ranks > 4 * num_experts else 0
-    of_experts, of_ranks = np.zeros((3, num_experts)), np.zeros((3, ranks))
+    across = wide if wide > 0 else num_windows
+    of_experts, of_ranks = np.zeros((4, num_experts)), np.zeros((4, ranks))
+    searched, ordered = np.zeros((3, num_experts), dtype=np.int64), np.zeros((2, ranks * per_rank), dtype=np.int64)
     return Work(
         np.zeros((num_experts, num_windows)),
         of_experts[0],
@@ -125,19 +144,28 @@ def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
         np.zeros(num_experts, dtype=np.int64),
         np.zeros(ranks * per_rank, dtype=np.int64),
         np.zeros(num_experts + 1, dtype=np.int64),
+        ordered[0],
+        ordered[1],
+        searched[0],
+        searched[1],
+        searched[2],
+        of_experts[3],
         np.zeros((ranks, per_rank), dtype=np.int32),
         np.zeros(ranks, dtype=np.int64),
         of_ranks[0],
         of_ranks[1],
         of_ranks[2],
         np.zeros(ranks, dtype=np.int64),
-        np.zeros((ranks, wide or num_windows)),
+        np.zeros((ranks, across)),
         np.zeros((ranks, num_windows)),
         np.zeros(num_windows),
         np.zeros((3, num_windows)),
         np.zeros(num_windows),
         np.zeros(num_windows, dtype=np.int64),
         np.zeros((ranks, num_experts), dtype=np.int32),
+        np.zeros((ranks, per_rank)),
+        of_ranks[3],
+        np.zeros(ranks, dtype=np.int64),
         np.zeros(ranks, dtype=np.int64),
     )
 
@@ -205,29 +233,20 @@ def read_statistics(work: Work, num_windows: int, z_score: float) -> None:
     for expert in range(num_experts):
         risk_E[expert] = mean_E[expert] + z_score * np.sqrt(var_E[expert])
     if num_windows > 1 and covariance_EE.shape[0] > 0:
-        _fill_covariance(off_TE, num_windows, covariance_EE)
-
-
-@numba.njit(error_model="numpy", cache=CACHE, **INNER)
-def _fill_covariance(off_TE: FloatArray, num_windows: int, covariance_EE: FloatArray) -> None:
-    """The lower half, four windows in one pass over it because it is the passes that take time; then the upper one."""
-    num_experts = covariance_EE.shape[0]
-    covariance_EE[:] = 0.0
-    for window in range(0, num_windows - 3, 4):
-        for one in range(num_experts):
-            first, second = off_TE[window, one], off_TE[window + 1, one]
-            third, fourth = off_TE[window + 2, one], off_TE[window + 3, one]
-            for other in range(one + 1):
-                covariance_EE[one, other] += (first * off_TE[window, other] + second * off_TE[window + 1, other]) + (
-                    third * off_TE[window + 2, other] + fourth * off_TE[window + 3, other]
-                )
-    for window in range(num_windows // 4 * 4, num_windows):
-        for one in range(num_experts):
-            for other in range(one + 1):
-                covariance_EE[one, other] += off_TE[window, one] * off_TE[window, other]
-    for one in range(num_experts):
-        for other in range(one):
-            covariance_EE[other, one] = covariance_EE[one, other]
+        covariance_EE[:] = 0.0
+        # four windows in one pass over the matrix: it is the passes that take time
+        for window in range(0, num_windows - 3, 4):
+            for one in range(num_experts):
+                first, second = off_TE[window, one], off_TE[window + 1, one]
+                third, fourth = off_TE[window + 2, one], off_TE[window + 3, one]
+                for other in range(num_experts):
+                    covariance_EE[one, other] += (
+                        first * off_TE[window, other] + second * off_TE[window + 1, other]
+                    ) + (third * off_TE[window + 2, other] + fourth * off_TE[window + 3, other])
+        for window in range(num_windows // 4 * 4, num_windows):
+            for one in range(num_experts):
+                for other in range(num_experts):
+                    covariance_EE[one, other] += off_TE[window, one] * off_TE[window, other]
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
@@ -282,7 +301,7 @@ def heaviest_first(weight_N: FloatArray) -> IndexArray:
         for item in range(start, end):
             before, weight = np.int64(0), weight_N[item]
             for other in range(start, item):
-                first = np.int64(weight_N[other] >= weight)
+                first = int(weight_N[other] >= weight)
                 before += first
                 merged[other] += 1 - first
             merged[item] = before

@@ -77,6 +77,17 @@ def test_replan_equals_its_twin(seed: int) -> None:
         np.testing.assert_array_equal(ours, twins)
 
 
+def test_fingerprints_equal_their_twin() -> None:
+    """Numbers wrap as Python's do modulo 2 ** 64; other rows, other numbers; slots and empty slots count."""
+    rows_LP = np.random.default_rng(0).integers(-1, 256, size=(50, 40), dtype=np.int32)
+    rows_LP[1] = rows_LP[0]
+    rows_LP[1, [3, 7]] = [255, -1]
+    prints = _flash.fingerprints(rows_LP).tolist()
+    assert prints == [twins_flash.fingerprint_twin(row) for row in rows_LP.tolist()]
+    assert len(set(prints)) == 50
+    assert _flash.fingerprints(np.array([[0, 1]], dtype=np.int32)).tolist() == [2199023255583]
+
+
 def test_a_worked_example_of_promises() -> None:
     """The numbers in the docstring of `still_promised` are right."""
     rows, live = np.array([1, 2, 3]), np.array([1, 5, 3])
@@ -100,9 +111,12 @@ def test_spare_order_equals_its_twin(rule: int) -> None:
         ranked_E = np.argsort(-risk_E, kind="stable")
         most = int(random.integers(1, 5))
         rules = _rules(spec_of(8, 16, 8).topology, FlashLBOptions())._replace(replica_rule=rule, most_replicas=most)
-        first, last, spare = case % 3, 8 - case % 2, int(random.integers(0, 12))
-        order = _flash_search.spare_order(risk_E, ranked_E, first, last, spare, rules)
-        assert order.tolist() == twins_flash.spare_order_twin(risk_E, ranked_E.tolist(), first, last, spare, rules)
+        stretch, spare = (case % 3, 8 - case % 2), int(random.integers(0, 12))
+        work, order_P = _flash_work.new_work.py_func(1, 8, rules), np.zeros(16, dtype=np.int64)
+        work.risk_E[:] = risk_E
+        given = _flash_search.spare_order.py_func(work, ranked_E, stretch, spare, rules, order_P)
+        expected = twins_flash.spare_order_twin(risk_E, ranked_E.tolist(), *stretch, spare, rules)
+        assert order_P[:given].tolist() == expected
 
 
 def work_for(windows: Any, spec: MoESpec, **more: Any) -> tuple[_flash_work.Work, _flash_work.Rules, tuple[int, float]]:
@@ -139,10 +153,10 @@ def test_worked_examples_of_shares() -> None:
 def test_worked_examples_of_the_search() -> None:
     """The numbers in the docstrings of `_flash_search` and `_flash` are right."""
     work, rules, _ = work_for([[4, 3, 2]], spec_of(3, 4, 2))
-    order = _flash_search.spare_order(
-        np.array([90.0, 40.0, 20.0]), np.arange(3), 0, 3, 3, rules._replace(most_replicas=3)
-    )
-    assert order.tolist() == [0, 0, 1]
+    work.risk_E[:] = [90, 40, 20]
+    spare_order, places = _flash_search.spare_order.py_func, np.zeros(3, dtype=np.int64)
+    assert spare_order(work, np.arange(3), (0, 3), 3, rules._replace(most_replicas=3), places) == 3
+    assert places.tolist() == [0, 0, 1]
     work.mean_E[:] = [4, 3, 2]
     work.share_ET[:, 0] = [4, 3, 2]
     counts = np.array([2, 1, 1])
@@ -174,11 +188,27 @@ def test_worked_examples_of_the_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
     busiest = _flash_swaps.find_peaks(work.load_RT, work.mean_R, 1, np.zeros(2, dtype=np.int64), work.top_3T)
     find_swap = _flash_swaps.find_swap.py_func
     monkeypatch.setattr(_flash_swaps, "find_swap", find_swap)
-    gain, mine, other, theirs = find_swap(work, 1, counts, busiest)
+    read_slots = _flash_swaps._read_slots.py_func
+    monkeypatch.setattr(_flash_swaps, "_read_slots", read_slots)
+    read_slots(work, counts)
+    gain, mine, other, theirs = find_swap(work, 1, counts, busiest, True)
     assert (busiest, mine, other, theirs) == (0, 0, 1, 0)
     assert gain * 6 == pytest.approx(3)
     assert _flash_swaps.swap_experts.py_func(work, 1, counts, 9 / 6, rules) == pytest.approx(1.0)
     assert work.row_RS.tolist() == [[2, 1], [0, 3]]
+
+
+def test_swaps_of_a_single_window_keep_ranks_even() -> None:
+    """An expert goes for one with as many replicas, though one with two replicas is the better match."""
+    work, _, _ = work_for([[6, 4, 3, 2, 1.8, 1.5, 1.5]], spec_of(7, 9, 3))
+    work.row_RS[:] = [[0, 1, 2], [3, 4, 5], [0, 3, 6]]
+    counts = np.array([2, 1, 1, 2, 1, 1, 1])
+    _flash_work.put_on_ranks(work.share_ET, 1, work.row_RS, counts, work.load_RT)
+    work.mean_R[:] = work.load_RT[:, 0]
+    _flash_swaps._read_slots.py_func(work, counts)
+    busiest = _flash_swaps.find_peaks(work.load_RT, work.mean_R, 1, np.zeros(3, dtype=np.int64), work.top_3T)
+    found = [_flash_swaps.find_swap.py_func(work, 1, counts, busiest, evenly)[1:] for evenly in (False, True)]
+    assert (busiest, found) == (0, [(1, 1, 0), (1, 1, 2)])
 
 
 # shapes and loads on which dealing runs out of ranks that lack the expert, as FlashLB's released code does unawares

@@ -20,7 +20,7 @@ from eplb_async.policies._flash import fingerprints, still_promised
 from eplb_async.policies.flashlb import _recalled
 from eplb_async.policies.registry import run_policy
 from eplb_async.testing import check_policy, ranks_with_duplicates
-from tests.policies import twins, twins_flash
+from tests.policies import twins
 
 TRACES = Path(os.environ.get("EPLB_TRACES", Path(__file__).resolve().parents[2] / "../shared/traces"))
 
@@ -121,17 +121,6 @@ def test_distance_to_the_exact_optimum(experts: int, slots: int, ranks: int) -> 
     assert ratio_L.min() > 1 - 1e-9
     assert ratio_L.max() <= worst + 1e-9
     assert ratio_L.mean() <= mean
-
-
-def test_fingerprints_equal_their_twin() -> None:
-    """Numbers wrap as Python's do modulo 2 ** 64; other rows, other numbers; slots and empty slots count."""
-    rows_LP = np.random.default_rng(0).integers(-1, 256, size=(50, 40), dtype=np.int32)
-    rows_LP[1] = rows_LP[0]
-    rows_LP[1, [3, 7]] = [255, -1]
-    prints = fingerprints(rows_LP).tolist()
-    assert prints == [twins_flash.fingerprint_twin(row) for row in rows_LP.tolist()]
-    assert len(set(prints)) == 50
-    assert fingerprints(np.array([[0, 1]], dtype=np.int32)).tolist() == [2199023255583]
 
 
 def test_width_depth_and_rule_are_used() -> None:

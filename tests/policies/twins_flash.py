@@ -209,18 +209,28 @@ def search_twin(layer: LayerTwin, matrix: bool) -> tuple[float, list[int], NDArr
 def find_swap_twin(
     layer: LayerTwin,
     bins: list[list[int]],
-    load_RT: FloatArray,
-    mean_R: FloatArray,
+    loads: tuple[FloatArray, FloatArray],
     count_E: NDArray[np.int64],
     busiest: int,
+    evenly: bool,
 ) -> tuple[float, int, int, int]:
-    """`find_swap`: the gain, the slot, the other rank (-1: none) and its slot."""
+    """`find_swap`, of loads by rank and window and their means: the gain, the slot, the other rank (-1: none) and its slot."""
+    load_RT, mean_R = loads
     top_T = load_RT.max(axis=0)
     first = [t for t in range(layer.used) if load_RT[busiest, t] == top_T[t]]
     others = [t for t in range(layer.used) if t not in first]
     others_RT = np.delete(load_RT, busiest, axis=0)
     most = total(top_T[t] - (others_RT[:, t].max() if len(others_RT) else 0.0) for t in first)
     best = (NO_GAIN * layer.used, 0, -1, 0)
+
+    def even(experts: list[int]) -> float:
+        return total(1 / count_E[experts])
+
+    def keeps_even(expert: int, rank: int, swapped: int) -> bool:
+        less = 1 / count_E[expert] - 1 / count_E[swapped]
+        one, two = even(bins[busiest]), even(bins[rank])
+        return bool(max(one - less, two + less) <= max(one, two) + NO_GAIN)
+
     for rank in sorted(range(len(bins)), key=lambda rank: mean_R[rank]):
         if mean_R[rank] >= min(mean_R[busiest], 1.0) or best[0] >= ENOUGH * most:
             break
@@ -230,9 +240,9 @@ def find_swap_twin(
         for slot, expert in enumerate(bins[busiest]):
             part = 1 / count_E[expert]
             away = {
-                place: abs(layer.mean_E[expert] * part - layer.mean_E[swapped] / count_E[swapped] - half)
+                place: abs(layer.mean_E[expert] / count_E[expert] - layer.mean_E[swapped] / count_E[swapped] - half)
                 for place, swapped in enumerate(bins[rank])
-                if swapped not in bins[busiest]
+                if swapped not in bins[busiest] and (not evenly or keeps_even(expert, rank, swapped))
             }
             away = {place: off for place, off in away.items() if off < half}
             if expert in bins[rank] or not away:
@@ -266,7 +276,9 @@ def swap_experts_twin(
         if not peaks:
             break
         busiest = max(peaks, key=lambda rank: (number[rank], mean_R[rank], -rank))
-        gain, mine, other, theirs = find_swap_twin(layer, bins, load_RT, mean_R, count_E, busiest)
+        gain, mine, other, theirs = find_swap_twin(layer, bins, (load_RT, mean_R), count_E, busiest, layer.used == 1)
+        if other < 0 and layer.used == 1:
+            gain, mine, other, theirs = find_swap_twin(layer, bins, (load_RT, mean_R), count_E, busiest, False)
         if other < 0:
             settled.add(busiest)
             failed += 1
