@@ -79,9 +79,9 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     one_peer_at_a_time: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "lag", "pull_bytes_per_step", "copies_per_step", "plan_deadline_steps", "reduce_every")
+        _at_least(self, 1, "lag", "pull_bytes_per_step", "pull_bytes_in_flight", "copies_per_step")
+        _at_least(self, 1, "plan_deadline_steps", "reduce_every")
         _at_least(self, 2, "ring_records")
-        _at_least(self, 1, "pull_bytes_in_flight")
         _at_least(self, 0, "staging_rows", "slow_step_ratio")
         if 0 < self.slow_step_ratio < 1:
             raise ValueError(f"`slow_step_ratio` is {self.slow_step_ratio}; it must be 0 or at least 1")

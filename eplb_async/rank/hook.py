@@ -3,7 +3,8 @@
     one step        publish own word -> read all words of step s - lag -> commit or drop what they say
                     -> look at the board, adopt a plan -> issue copies -> [the forward] -> record its load
 
-In most steps nothing happens: no plan is held, and all words are what they were. Such a step is one call into compiled code.
+In most steps nothing happens: no plan is held, and all words are what they were. On one node such a step
+is one call into compiled code.
 
 Nothing in it waits for the daemon. It waits for another rank only if that rank's word of `lag` steps ago is not there.
 """

@@ -10,7 +10,7 @@ import torch
 
 from eplb_async.rank.cuda.driver import CudaDriver
 from eplb_async.rank.cuda.fingerprint import DeviceFingerprints
-from eplb_async.rank.transfer.base import StagingRows
+from eplb_async.rank.transfer.base import Copy, StagingRows
 
 __all__ = ["BatchChecker"]
 
@@ -32,7 +32,7 @@ class BatchChecker:
         self._sums_R = torch.empty((rows, pieces), dtype=torch.int64, device=stream.device)
         self._num_R = [0] * rows
 
-    def prepare(self, first: int, pieces: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    def prepare(self, first: int, pieces: list[tuple[int, int]]) -> list[Copy]:
         """Write the table of the batch that starts with row `first`; returns the copies that bring it to the device."""
         number = self._num_R[first] = len(pieces)
         self._tables_R[first, :number] = torch.tensor(pieces, dtype=torch.int64)

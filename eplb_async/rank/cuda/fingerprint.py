@@ -7,7 +7,7 @@ for n bytes in B blocks, which is what joining block by block gives: three block
 programs as are wanted: few beside a forward, so that they take few multiprocessors from it, many when nothing else runs.
 
 Pieces are given by a table of (address, bytes) on the device; any address and length will do, though pieces that do not start at a
-multiple of 8 are read byte by byte.
+multiple of 16 are read byte by byte.
 """
 
 import functools

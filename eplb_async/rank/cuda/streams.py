@@ -26,10 +26,6 @@ class EventCompletion(Completion[None]):
     def done(self, value: bool) -> None:
         pass
 
-    def wait(self) -> None:
-        """Wait for the device; only when detaching."""
-        self._event.synchronize()
-
 
 class ComputeStream:
     """The stream on which the engine runs its forwards: whichever is current when the hook is called.
