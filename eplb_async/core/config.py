@@ -25,6 +25,7 @@ from eplb_async.core.errors import ConfigError
 __all__ = [
     "DaemonSettings",
     "HookSettings",
+    "IntegrationSettings",
     "Settings",
     "check_group_name",
     "child_environment",
@@ -138,18 +139,41 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(f"`log_level` is {self.log_level!r}; it must be one of {', '.join(levels)}")
 
 
+class IntegrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of the plugins that put the hook into other engines.
+
+    Fields:
+        enabled: false leaves the engine's own balancing in place.
+        any_version: try also releases of the engine that this version was not checked against; what is touched is checked all
+            the same.
+        group: name of the model in `eplb-async status`; "" makes one of the model's name and a process id.
+        daemon: auto starts this node's daemon if none runs, required leaves the engine's own balancing in place if none does,
+            optional serves on until one comes.
+    """
+
+    enabled: bool = True
+    any_version: bool = False
+    group: str = ""
+    daemon: Literal["auto", "optional", "required"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.group:
+            check_group_name(self.group)
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of one node.
 
     Fields:
         runtime_dir: directory of the control socket and lock files, mode 0700; "" picks $XDG_RUNTIME_DIR/eplb_async,
             else eplb_async-<uid> in the system's temporary directory. Daemon and ranks must agree on it.
-        hook, daemon: see there.
+        hook, daemon, integration: see there.
     """
 
     runtime_dir: str = ""
     hook: HookSettings = msgspec.field(default_factory=HookSettings)
     daemon: DaemonSettings = msgspec.field(default_factory=DaemonSettings)
+    integration: IntegrationSettings = msgspec.field(default_factory=IntegrationSettings)
 
     @property
     def directory(self) -> Path:
@@ -161,30 +185,49 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return Path(tempfile.gettempdir()) / f"eplb_async-{os.getuid()}"
 
 
-def load_settings(path: str | os.PathLike[str] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+TABLES: Mapping[str, type[msgspec.Struct]] = {
+    "hook": HookSettings,
+    "daemon": DaemonSettings,
+    "integration": IntegrationSettings,
+}
+
+
+def load_settings(
+    path: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
     """Settings from a file and the environment.
 
     Args:
         path: a TOML file; None takes the one that EPLB_ASYNC_CONFIG names, if any.
         environ: instead of the process's environment.
+        defaults: tables of settings, as in the file, where neither file nor environment says anything.
+        overrides: tables of settings that go before both.
 
     Raises:
         ConfigError: the file cannot be read or is not TOML, a key or variable is unknown, a value is bad.
     """
     environ = os.environ if environ is None else environ
     path = path or environ.get(PREFIX + "CONFIG") or None
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = _merged({}, defaults or {})
     if path is not None:
         try:
-            data = msgspec.toml.decode(Path(path).read_bytes())
+            given = msgspec.toml.decode(Path(path).read_bytes())
         except OSError as error:
             raise ConfigError(str(path), f"cannot be read ({error.strerror}); name an existing TOML file") from error
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(str(path), f"is not TOML: {error}") from error
-        _convert(data, str(path))
+        _convert(given, str(path))
+        data = _merged(data, given)
     names = sorted(name for name in environ if name.startswith(PREFIX) and name != PREFIX + "CONFIG")
     for name in names:
         _set_from_environment(data, name, environ[name])
+    if overrides:
+        _convert(dict(overrides), "settings given by the engine")
+        data = _merged(data, overrides)
     # checked together: a pair such as lag and history may only fit once both are set
     return _convert(data, ", ".join([*([str(path)] if path else []), *names]) or "settings")
 
@@ -229,7 +272,7 @@ def settings_environment(settings: Settings) -> dict[str, str]:
     """Variables that make `load_settings` of a child return these settings, whatever file and variables say here."""
     variables = {PREFIX + "RUNTIME_DIR": str(settings.directory)}
     inherited = load_settings()
-    for table in ("hook", "daemon"):
+    for table in TABLES:
         ours, theirs = getattr(settings, table), getattr(inherited, table)
         for field in ours.__struct_fields__:
             if (value := getattr(ours, field)) != getattr(theirs, field):
@@ -254,6 +297,16 @@ def check_group_name(group: str) -> str:
     return group
 
 
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of both, those of `over` first; tables are merged, values are not."""
+    result = dict(under)
+    for name, value in over.items():
+        below = under.get(name)
+        is_table = isinstance(value, Mapping) and isinstance(below, Mapping)
+        result[name] = {**below, **value} if is_table else value  # type: ignore[dict-item]
+    return result
+
+
 def _convert(data: dict[str, Any], where: str) -> Settings:
     try:
         return msgspec.convert(data, Settings)
@@ -265,7 +318,7 @@ def _known(message: str) -> str:
     """The fields that would have been right, for an unknown one."""
     if "unknown field" not in message:
         return ""
-    table = HookSettings if "$.hook" in message else DaemonSettings if "$.daemon" in message else Settings
+    table = next((kind for name, kind in TABLES.items() if f"$.{name}" in message), Settings)
     return f"Known: {', '.join(table.__struct_fields__)}"
 
 
@@ -274,7 +327,7 @@ def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
     if key == "runtime_dir":
         data["runtime_dir"] = text
         return
-    for table, settings in (("hook", HookSettings), ("daemon", DaemonSettings)):
+    for table, settings in TABLES.items():
         field = key.removeprefix(table + "_")
         if key.startswith(table + "_") and field in settings.__struct_fields__:
             kind = settings.__annotations__[field]
@@ -287,8 +340,9 @@ def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
             data.setdefault(table, {})[field] = value
             return
     known = [PREFIX + "CONFIG", PREFIX + "RUNTIME_DIR"]
-    known += [f"{PREFIX}HOOK_{field.upper()}" for field in HookSettings.__struct_fields__]
-    known += [f"{PREFIX}DAEMON_{field.upper()}" for field in DaemonSettings.__struct_fields__]
+    known += [
+        f"{PREFIX}{table.upper()}_{field.upper()}" for table in TABLES for field in TABLES[table].__struct_fields__
+    ]
     raise ConfigError(name, f"no such setting. Known: {', '.join(known)}")
 
 

@@ -26,6 +26,7 @@
     |   |-- PlanInvalid                   it contradicts itself or the live placement
     |   `-- TransferFailed                bytes could not be copied, or were not those of the expert
     |-- PolicyError                       a policy raised, returned nonsense, or took too long
+    |-- EngineDeclined                    an engine whose own balancing stays, and why
     |-- DeviceCallFailed                  a call into a GPU's driver that should work did not
     `-- InternalError                     our bug; please report it
 
@@ -43,6 +44,7 @@ __all__ = [
     "DaemonRunning",
     "DaemonUnavailable",
     "DeviceCallFailed",
+    "EngineDeclined",
     "EplbError",
     "HookClosed",
     "InternalError",
@@ -256,6 +258,14 @@ class PolicyError(EplbError):
     def __init__(self, policy: str, why: str) -> None:
         super().__init__(f"policy {policy!r} {why}; the live placement stays as it is")
         self.policy, self.why = policy, why
+
+
+class EngineDeclined(EplbError):
+    """A plugin does not take an engine over: something does not fit, and the engine's own balancing stays."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = list(reasons)
 
 
 class DeviceCallFailed(EplbError):

@@ -193,11 +193,19 @@ class RankHook:
             self._closed = str(error) or type(error).__name__
             raise
 
-    def after_forward(self) -> None:
-        """Record the load of the forward that has just run. During a CUDA graph capture it does nothing."""
+    def after_forward(self, phase: str | Phase | None = None, num_tokens: int | None = None) -> None:
+        """Record the load of the forward that has just run. During a CUDA graph capture it does nothing.
+
+        Args:
+            phase, num_tokens: what the forward turned out to be, if before_forward could not know.
+        """
         if not self._running or self._parts.capturing():
             return
         start = time.perf_counter_ns()
+        if phase is not None:
+            self._phase = phase_of(phase)
+        if num_tokens is not None:
+            self._tokens = num_tokens
         self._parts.recorder.record(self._step, self._phase, self._version, self._tokens)
         self._finish_step()
         self._times[HookPhase.RECORD].add(time.perf_counter_ns() - start)
