@@ -166,7 +166,11 @@ def deal(  # size: one pass over all experts, with what a layer and a placement 
                 else:
                     for window in range(num_windows):
                         spread_RX[best, window] += off_TE[window, expert] * part
-    put_on_ranks(work.share_ET, num_windows, row_RS, count_E, work.load_RT)
+    if num_windows == 1:
+        # the same sums: what a rank has in its one window is its mean
+        work.load_RT[:, 0] = mean_R
+    else:
+        put_on_ranks(work.share_ET, num_windows, row_RS, count_E, work.load_RT)
     return mean_peak(work.load_RT, num_windows, work.peak_T), doubled
 
 
@@ -188,7 +192,7 @@ def reorder(rank_R: IndexArray, num_open: int, open_R: FloatArray, changed: int)
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
 def search(  # size: one walk down the tree
-    work: Work, num_windows: int, ranked_E: IndexArray, count_E: IndexArray, rules: Rules
+    work: Work, num_windows: int, ranked_E: IndexArray, count_E: IndexArray, worth: float, rules: Rules
 ) -> float:
     """Choose the replica counts of all experts; writes them to `count_E`, and the order for `deal` to `ranked_E`.
 
@@ -203,10 +207,12 @@ def search(  # size: one walk down the tree
         num_windows: those with load.
         ranked_E: in: experts by descending risk; out: by descending risk of one replica.
         count_E: out: P in all, none above `most_replicas`.
+        worth: only a mean PAR below this counts as found; without one in the first group, the search ends.
         rules: depth, width, the replica rule, and what is good enough.
 
     Returns:
-        The mean PAR of the best simulated placement, which `deal` makes again of the order and the counts.
+        The mean PAR of the best simulated placement, which `deal` makes again of the order and the counts; `worth` if none was
+        below it.
     """
     num_experts = ranked_E.shape[0]
     risk_E, mean_E, rule_P, rest_P = work.risk_E, work.mean_E, work.rule_P, work.rest_P
@@ -221,9 +227,9 @@ def search(  # size: one walk down the tree
     for place in range(num_experts):
         trial_E[place] = count_E[place]
         order_E[place] = best_E[place] = ranked_E[place]
-    best, level = np.inf, np.inf
+    best, level = worth, np.inf
     first, last = 0, per_group
-    while first == 0 or (last < num_experts and spare > 0 and level > good):
+    while first == 0 or (last < num_experts and spare > 0 and level > good and best < worth):
         end = min(last, num_experts)
         most = min(spare_order(work, ranked_E, (first, end), spare, rules, rule_P), spare)
         most_rest = spare_order(work, ranked_E, (end, num_experts), spare, rules, rest_P)

@@ -48,6 +48,7 @@ def test_plan_layers_equals_its_twin(seed: int) -> None:
         stay_within=float(random.choice([0.0, 0.05, 0.3])),
         sampling_noise=seed % 2,
         redeploy_ratio=1.0,
+        least_gain=float(random.choice([0.0, 0.02, 0.3])),
     )
     rules = _rules(spec.topology, options)
     live_LP = initial_placement(spec)
@@ -271,7 +272,23 @@ def test_a_lower_promise_makes_a_layer_due_later() -> None:
     spec = spec_of(4, 4, 4)
     windows = np.array([[[50.0, 30.0, 20.0, 0.0]], [[50.0, 20.0, 30.0, 0.0]]]) * 100
     rules = _rules(spec.topology, FlashLBOptions(redeploy_below=0.0, least_gain=0.0))
-    work = _flash_work.new_work.py_func(2, 4, rules)
     for promised, due in ((0.5, False), (1.0, True)):
-        *_, ratio_L = _flash.plan_layers(windows, initial_placement(spec), np.array([promised]), rules, work)
-        assert (ratio_L[0] == 0.5) == due
+        # risks are read of layers that are due alone
+        work = _flash_work.new_work.py_func(2, 4, rules)
+        _, gain_L, *_ = _flash.plan_layers(windows, initial_placement(spec), np.array([promised]), rules, work)
+        assert (work.risk_E.max() > 0.0, gain_L[0]) == (due, 0.0)
+
+
+def test_a_layer_stays_if_the_search_finds_too_little() -> None:
+    """Half of `least_gain` has to come from the search alone: else nothing is dealt, and no row is planned."""
+    spec = spec_of(6, 6, 3)
+    windows, live_LP = (
+        np.array([[[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]]) * 100,
+        np.array([[0, 4, 1, 5, 2, 3]], dtype=np.int32),
+    )
+    # 8 tokens on the busiest rank where 7 are possible: an eighth less, half of 0.25
+    for least_gain, planned in ((0.0, True), (0.24, True), (0.26, False)):
+        rules = _rules(spec.topology, FlashLBOptions(sampling_noise=0.0, redeploy_below=1.0, least_gain=least_gain))
+        work = _flash_work.new_work.py_func(1, 6, rules)
+        planned_LP, *_ = _flash.plan_layers(windows, live_LP, np.ones(1), rules, work)
+        assert planned_LP.any() == planned

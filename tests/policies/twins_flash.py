@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.policies._flash import HOPELESS, WORSE_THAN_FOUND
+from eplb_async.policies._flash import HOPEFUL, HOPELESS, WORSE_THAN_FOUND
 from eplb_async.policies._flash_search import GOOD_ENOUGH, NO_HOMES, PROPORTIONAL, RELIEF
 from eplb_async.policies._flash_swaps import ENOUGH, NO_GAIN, TRIES
 from eplb_async.policies._flash_work import Rules
@@ -161,7 +161,7 @@ def deal_twin(
     return bins, mean_R, doubled
 
 
-def search_twin(layer: LayerTwin, matrix: bool) -> tuple[float, list[int], NDArray[np.int64]]:
+def search_twin(layer: LayerTwin, matrix: bool, worth: float) -> tuple[float, list[int], NDArray[np.int64]]:
     """`search`: the best mean PAR, and the order and the counts that give it."""
     rules, risk_E = layer.rules, layer.risk_E
     num_experts = len(risk_E)
@@ -178,10 +178,10 @@ def search_twin(layer: LayerTwin, matrix: bool) -> tuple[float, list[int], NDArr
 
     count = counts(0, spare, num_experts, 0, {})
     good = max(GOOD_ENOUGH, *(layer.mean_E[e] / count[e] * GOOD_ENOUGH for e in range(num_experts)))
-    best, level, best_order = np.inf, np.inf, order
+    best, level, best_order = worth, np.inf, order
     size = -(-num_experts // rules.depth)
     first = 0
-    while first == 0 or (first + size < num_experts and spare > 0 and level > good):
+    while first == 0 or (first + size < num_experts and spare > 0 and level > good and best < worth):
         last = min(first + size, num_experts)
         start = sum(count[ranked[place]] - 1 for place in range(first, last))
         chosen, furthest = start, min(rules.width, spare)
@@ -332,7 +332,11 @@ def plan_layers_twin(
         ratio = 1 / max(1.0, live_par - rules.allowance * layer.noise / np.sqrt(layer.used))
         if not doubled and ratio >= rules.ratio * promised_L[index] and ratio >= rules.below:
             continue
-        found, order, count_E = search_twin(layer, matrix)
+        hope = 1 - HOPEFUL * rules.least_gain
+        worth = np.inf if doubled or rules.least_gain == 0 else live_par * hope
+        found, order, count_E = search_twin(layer, matrix, worth)
+        if found >= worth:
+            continue
         bins, par = live, live_par
         for within in (rules.stay_within, NO_HOMES):
             bins, mean_R, met = deal_twin(layer, matrix, order, count_E, homes, within)
