@@ -33,12 +33,13 @@ class SourceTree:
         self._parsed: dict[str, ast.Module] = {}
 
     @classmethod
-    def of_folder(cls, root: Path) -> "SourceTree":
-        """The folder that holds the package's folder."""
+    def of_folder(cls, package: Path) -> "SourceTree":
+        """A package's folder, such as site-packages/vllm."""
+        root = package.parent
         return cls(
             lambda name: (root / name).read_text(encoding="utf-8"),
-            lambda: (path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py"))),
-            str(root),
+            lambda: (path.relative_to(root).as_posix() for path in sorted(package.rglob("*.py"))),
+            str(package),
         )
 
     @classmethod
@@ -223,8 +224,9 @@ class Calls(Expectation):
             if not any(holder.rpartition(".")[2] in text for holder in self.holders):
                 continue
             for node in ast.walk(tree.module(name)):
-                used = isinstance(node, ast.Attribute) and ast.unparse(node.value) in self.holders
-                if used and node.attr not in self.known:
+                if not isinstance(node, ast.Attribute) or node.attr in self.known:
+                    continue
+                if ast.unparse(node.value) in self.holders:
                     unknown.append(f"{name}:{node.lineno} uses {ast.unparse(node)}")
         return "; ".join(unknown)
 
@@ -239,7 +241,7 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[Definition]:
     for node in body:
         if isinstance(node, Definition):
             yield node
-        elif isinstance(node, ast.If) or isinstance(node, ast.Try):
+        elif isinstance(node, ast.If | ast.Try):
             yield from _definitions([*node.body, *node.orelse])
 
 
