@@ -60,7 +60,8 @@ def forward(actor: Any, count: int, mode: str = "DECODE") -> list[str]:
         # expert 2, which has one slot, is wanted by half of the tokens
         experts = torch.randint(-spec.num_experts, spec.num_experts, (40,), generator=actor.random)
         experts[experts < 0] = 2
-        output = runner.forward(Batch(experts, ForwardMode[mode]))
+        with torch.inference_mode():  # as SGLang's event loop
+            output = runner.forward(Batch(experts, ForwardMode[mode]))
         for layer, made in output.items():
             if not torch.equal(made, 100.0 * layer + experts):
                 wrong.append(f"rank {actor.options.rank} layer {layer}: {made.tolist()} for {experts.tolist()}")

@@ -158,7 +158,7 @@ def test_one_rank_that_cannot_attach_stops_all(group: str, runtime_dir: Path) ->
     """Settings of rank 1 do not fit those of rank 0: both decline, and what was made is gone."""
     with Engine(group, runtime_dir) as engine:
         engine.start(CASES["dynamic"], only_rank_1={"EPLB_ASYNC_HOOK_LAG": "3"}, HOOK_ATTACH_DEADLINE_S="5")
-        expect_own(engine, "rank 1: SpecMismatch")
+        expect_own(engine, "SpecMismatch")  # of whichever rank comes second
         engine.each(sglang_rank.stop)
 
 
