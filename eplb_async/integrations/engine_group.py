@@ -30,7 +30,7 @@ from eplb_async.rank.hook import RankHook
 from eplb_async.rank.weights import LayerTensors
 from eplb_async.runtime.client import ControlClient
 
-__all__ = ["ENGINE_DEFAULTS", "EngineGroup", "Offer", "Ranks", "TorchRanks", "engine_settings"]
+__all__ = ["ENGINE_DEFAULTS", "EngineGroup", "Offer", "Ranks", "TorchRanks", "engine_settings", "host_identity"]
 
 logger = logging.getLogger(__name__)
 

@@ -241,7 +241,7 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[Definition]:
     for node in body:
         if isinstance(node, Definition):
             yield node
-        elif isinstance(node, ast.If) or isinstance(node, ast.Try):
+        elif isinstance(node, ast.If | ast.Try):
             yield from _definitions([*node.body, *node.orelse])
 
 

@@ -28,8 +28,9 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.rank.agreement import Agreement, Decision, Verdict
 from eplb_async.rank.assembly import AttachRequest, Parts, assemble
 from eplb_async.rank.phases import phase_of
-from eplb_async.rank.plan_reader import BadPlan, PreparedPlan
+from eplb_async.rank.plan_reader import BadPlan, PreparedPlan, Snapshot
 from eplb_async.rank.statistics import HookPhase, HookStatistics, PhaseTimes
+from eplb_async.rank.step_context import StepContext
 from eplb_async.rank.weights import LayerTensors
 from eplb_async.shm.words import Reduced
 
@@ -71,7 +72,7 @@ class RankHook:
         self._quiet, self._last_word = False, (0, 0, 0, 0)
         self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
         self._closed = ""
-        self._context = _StepContext(self)
+        self._context = StepContext(self.before_forward, self.after_forward, self._discard_step)
         self._num_plans = self._num_drops = 0
         self._failure = (0, "")
         self._times = {phase: PhaseTimes() for phase in HookPhase}
@@ -152,7 +153,7 @@ class RankHook:
         )
         return hook
 
-    def step(self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0) -> "_StepContext":
+    def step(self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0) -> StepContext:
         """A context around one forward: before_forward on entering, after_forward on leaving.
 
         If the forward raises, the step still counts (other ranks made it), but its load is not recorded.
@@ -227,6 +228,16 @@ class RankHook:
             last_error="plan {}: {}".format(*self._failure) if self._failure[0] else "",
             times={phase.value: times.timing() for phase, times in self._times.items()},
         )
+
+    @property
+    def num_commits(self) -> int:
+        """Entries of plans committed since attach: the maps have changed if this has. Costs nothing, to be asked at every step."""
+        return self._parts.committer.num_commits
+
+    @property
+    def live(self) -> Snapshot:
+        """The placement in the map tensors and the version of each layer, on the host, without a wait; not to be written to."""
+        return self._parts.maps.snapshot
 
     def detach(self) -> None:
         """Leave the group. The map tensors and the weights stay as they are. Idempotent."""
@@ -379,27 +390,11 @@ class RankHook:
             self._failure = generation, why
             log.warning("group %s rank %d gives plan %d up: %s", self.group, self.rank, generation, why)
 
+    def _discard_step(self) -> None:
+        if self._running:
+            self._parts.recorder.discard(self._step, self._version)
+            self._finish_step()
+
     def _finish_step(self) -> None:
         self._step += 1
         self._running = False
-
-
-class _StepContext:
-    """One step; reused for every step of a hook."""
-
-    def __init__(self, hook: RankHook) -> None:
-        self._hook = hook
-        self.phase: str | Phase = Phase.MIXED
-        self.num_tokens = 0
-
-    def __enter__(self) -> None:
-        self._hook.before_forward(self.phase, self.num_tokens)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._hook.after_forward()
-        elif self._hook._running:
-            self._hook._parts.recorder.discard(self._hook._step, self._hook._version)
-            self._hook._finish_step()

@@ -97,6 +97,20 @@ def test_counts_carry_the_version_of_the_maps_they_were_made_with(group: str, ru
     assert versions == sorted(versions)
 
 
+def test_commits_are_told_without_looking_at_the_device(group: str, runtime_dir: Path) -> None:
+    """`num_commits` grows by one with each entry, and `live` is the placement in the tensors, of which an older copy stays as it was."""
+    with attached(group, runtime_dir) as (hook, _):
+        daemon, before = Publisher(group, SOLO), hook.live
+        rows = before.rows_LP.tolist()
+        assert (hook.num_commits, before.versions) == (0, (0,) * SOLO.num_layers)
+        run_plan(hook, daemon)
+        assert hook.num_commits == SOLO.num_layers
+        assert hook.live.rows_LP.tolist() == hook.slot_to_expert_LP.tolist() != rows
+        assert hook.live.versions == tuple(counter(1, layer + 1) for layer in range(SOLO.num_layers))
+        assert before.rows_LP.tolist() == rows
+        daemon.close()
+
+
 def test_a_full_ring_never_blocks(group: str, runtime_dir: Path) -> None:
     """Without a reader the oldest records are overwritten, and the reader is told how many."""
     with attached(group, runtime_dir, ring_records=4) as (hook, _):
