@@ -23,7 +23,7 @@ from eplb_async.core.load import Phase
 from eplb_async.core.spec import MoESpec
 from eplb_async.integrations.engine_group import EngineGroup, Offer, TorchRanks, engine_settings, host_identity
 
-__all__ = ["state_class"]
+__all__ = ["VllmBalancer", "state_class"]
 
 logger = logging.getLogger("vllm.eplb_async")
 
@@ -54,7 +54,8 @@ def state_class(theirs: type[Any]) -> type[Any]:
         def prepare_forward(self, model_config: Any, num_unpadded_tokens: int, *args: Any, **kwargs: Any) -> None:
             super().prepare_forward(model_config, num_unpadded_tokens, *args, **kwargs)
             if self.eplb_async is not None:
-                self.eplb_async.num_tokens = num_unpadded_tokens
+                # drafts of the same step come here too, with fewer tokens
+                self.eplb_async.num_tokens = max(self.eplb_async.num_tokens, num_unpadded_tokens)
 
         def step(self, is_dummy: bool = False, is_profile: bool = False, log_stats: bool = False) -> None:
             if self.eplb_async is None:
@@ -93,7 +94,7 @@ class VllmBalancer:
     """Our side of one EplbState: a group for each model.
 
     Attributes:
-        num_tokens: of the forward under way, without padding.
+        num_tokens: of the step under way, without padding.
         log_interval: steps between two lines about balance, where vLLM is told to log it.
     """
 
@@ -169,6 +170,7 @@ class VllmBalancer:
             phase = Phase.MIXED if self.num_tokens > self._max_decode_tokens else Phase.DECODE
         for group in self._groups:
             group.step(phase, self.num_tokens)
+        self.num_tokens = 0
 
     def ask_for_plan(self) -> None:
         """Of each group's daemon."""
