@@ -264,9 +264,7 @@ def test_settings_of_plugins() -> None:
         "EPLB_ASYNC_INTEGRATION_DAEMON": "required",
     }
     settings = load_settings(None, environ)
-    assert settings.integration == IntegrationSettings(
-        enabled=False, any_version=True, group="chat", daemon="required"
-    )
+    assert settings.integration == IntegrationSettings(enabled=False, any_version=True, group="chat", daemon="required")
     child = load_settings(None, config.settings_environment(settings))
     assert child.integration == settings.integration
 

@@ -17,7 +17,7 @@ from eplb_async.integrations.source_check import (
     problems,
 )
 
-STATE = '''
+STATE = """
 import sys
 GROUP = "engine.plugins"
 MADE = str(3)
@@ -40,14 +40,14 @@ class State:
     async def run(self, *args, flag): return self.read
     @property
     def size(self): return 1
-'''
-RUNNER = '''
+"""
+RUNNER = """
 class Runner:
     def go(self):
         self.state.step()
         self.state.other.step(1)
         other.state.rearrange()
-'''
+"""
 SOURCES = {
     "engine/__init__.py": "",
     "engine/state.py": STATE,
