@@ -67,8 +67,8 @@ def join(actor: Any, trouble: str = "") -> str:
             spec = msgspec.structs.replace(spec, num_ranks=3)
         return offer(spec, actor.weights, actor.load)
 
-    def attach(name: str, rank: int, made: Offer | None, settings: Settings) -> RankHook:
-        hook = real(name, rank, made, settings)
+    def attach(name: str, rank: int, offer: Offer | None, settings: Settings) -> RankHook:
+        hook = real(name, rank, offer, settings)
         if trouble == "attach":
             dist.barrier()
         if here and trouble == "attach":
@@ -79,7 +79,7 @@ def join(actor: Any, trouble: str = "") -> str:
     real = engine_group._attach
     engine_group._attach = attach
     try:
-        actor.joined = EngineGroup.join(TorchRanks(dist.group.WORLD), made, settings)
+        actor.joined = EngineGroup.join(_ranks(), made, settings)
     finally:
         engine_group._attach = real
     name: str = actor.joined.hook.group
@@ -100,7 +100,13 @@ def step(actor: Any, count: int) -> None:
 
 def identity(actor: Any) -> list[str]:
     """Of the hosts of all ranks."""
-    return TorchRanks(dist.group.WORLD).gather(host_identity())
+    return _ranks().gather(host_identity())
+
+
+def _ranks() -> TorchRanks:
+    world = dist.group.WORLD
+    assert world is not None
+    return TorchRanks(world)
 
 
 def leave(actor: Any) -> None:

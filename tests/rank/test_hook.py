@@ -57,7 +57,7 @@ def test_what_a_forward_was_may_be_told_afterwards(group: str, runtime_dir: Path
         for after in ({}, {"phase": "prefill", "num_tokens": 9}, {"num_tokens": 0}, {"phase": Phase.DUMMY}):
             hook.before_forward("decode", num_tokens=4)
             load += 1
-            hook.after_forward(**after)  # type: ignore[arg-type]
+            hook.after_forward(**after)
         hook.before_forward("mixed", num_tokens=3)
         hook.after_forward()
         batch = records(hook)
