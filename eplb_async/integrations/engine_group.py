@@ -131,7 +131,7 @@ class EngineGroup:
         hook, problem = _attempt(lambda: _attach(name, ranks.rank, made, settings))
         try:
             _agree(ranks, problem, "")
-        except EngineDeclined:
+        except BaseException:  # also of the engine's own collective, when a rank has died
             if hook is not None:
                 hook.detach()
             raise

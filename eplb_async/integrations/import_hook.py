@@ -22,27 +22,37 @@ def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, once, by asking all others, and wraps its loader."""
+    """Finds one module by asking all others, and wraps its loader, until the module has been executed."""
 
     def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
         self._name, self._act = name, act
+        self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See MetaPathFinder."""
-        if fullname != self._name:
+        if fullname != self._name or self._asking:
             return None
-        sys.meta_path.remove(self)  # else find_spec would come back here
-        spec = find_spec(fullname)
+        self._asking = True  # else find_spec would come back here
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._act)
+            spec.loader = _Loader(spec.loader, self._executed)
         return spec
+
+    def _executed(self, module: ModuleType) -> None:
+        # only now: who merely asks for a spec must not use the hook up
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self._act(module)
 
 
 class _Loader(Loader):
-    def __init__(self, loader: Loader, act: Callable[[ModuleType], None]) -> None:
-        self._loader, self._act = loader, act
+    def __init__(self, loader: Loader, executed: Callable[[ModuleType], None]) -> None:
+        self._loader, self._executed = loader, executed
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -52,4 +62,4 @@ class _Loader(Loader):
         if spec is not None:
             spec.loader = module.__loader__ = self._loader  # what others see is the module's own
         self._loader.exec_module(module)
-        self._act(module)
+        self._executed(module)

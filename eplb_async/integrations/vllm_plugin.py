@@ -62,7 +62,10 @@ def _misfit() -> str:
     """Why this vLLM is left alone, or ""."""
     import vllm
 
-    release = metadata.version("vllm")
+    try:
+        release = metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return "its release cannot be told, since it is not installed as a package"
     known = ", ".join(f"{major}.{minor}" for major, minor in KNOWN_RELEASES)
     if not engine_settings().integration.any_version and _release(release) not in KNOWN_RELEASES:
         return (

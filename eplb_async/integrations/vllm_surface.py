@@ -2,7 +2,7 @@
 
 When a release changes one of these, the plugin says which and leaves vLLM's own EPLB in place. To look at a release before it is used:
 
-    EPLB_ENGINE_WHEELS=FOLDER pytest tests/integrations/test_wheels.py         (scripts/check_engines downloads them)
+    scripts/check_engines vllm==0.34.0
 
 Upstream discusses a seam of its own for balancers (vllm-project/vllm issues 49700 and 49702: who plans, who makes a layer's state, a
 call when a layer is committed). What would move to it is in vllm_state.py; this file would shrink to that seam.

@@ -11,7 +11,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from eplb_async.core import config
-from eplb_async.core.config import DaemonSettings, HookSettings, Settings, load_settings, policy_cache
+from eplb_async.core.config import (
+    DaemonSettings,
+    HookSettings,
+    IntegrationSettings,
+    Settings,
+    load_settings,
+    policy_cache,
+)
 from eplb_async.core.errors import ConfigError
 
 EXAMPLE = """
@@ -204,6 +211,71 @@ def test_a_child_gets_a_pair_that_fits_only_together(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("EPLB_ASYNC_HOOK_LAG", "5")
     settings = Settings(runtime_dir="/run/x", hook=HookSettings(lag=1, history=4))
     assert load_settings(None, {**os.environ, **config.settings_environment(settings)}) == settings
+
+
+def test_defaults_of_plugins_lie_under_all_else(file: Path) -> None:
+    """A table of defaults counts only for what neither file nor environment says, field by field."""
+    defaults = {"hook": {"lag": 1, "copies_per_step": 9, "pull_bytes_per_step": 5}, "daemon": {"min_gain": 0.1}}
+    environ = {"EPLB_ASYNC_HOOK_COPIES_PER_STEP": "7"}
+    hook = load_settings(file, environ, defaults=defaults).hook
+    assert (hook.lag, hook.copies_per_step, hook.pull_bytes_per_step) == (3, 7, 5)
+    assert load_settings(file, environ, defaults=defaults).daemon.min_gain == 0.5
+    assert load_settings(None, {}, defaults=defaults).daemon == DaemonSettings(min_gain=0.1)
+    # the caller's tables are constants of a module
+    assert defaults["hook"] == {"lag": 1, "copies_per_step": 9, "pull_bytes_per_step": 5}
+
+
+def test_overrides_of_an_engine_go_over_all_else(file: Path) -> None:
+    """What the engine's command line says replaces single fields of file and environment."""
+    overrides = {"runtime_dir": "/run/engine", "hook": {"lag": 5}, "integration": {"enabled": False}}
+    environ = {"EPLB_ASYNC_HOOK_LAG": "4", "EPLB_ASYNC_HOOK_COPIES_PER_STEP": "7"}
+    settings = load_settings(file, environ, defaults={"hook": {"lag": 1}}, overrides=overrides)
+    assert settings.runtime_dir == "/run/engine"
+    assert settings.hook == HookSettings(lag=5, verify="off", peer_deadline_s=5.0, copies_per_step=7)
+    assert settings.integration == IntegrationSettings(enabled=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"hooks": {}}, ["settings given by the engine", "hooks", "Known: runtime_dir, hook, daemon, integration"]),
+        ({"integration": {"enable": True}}, ["enable", "Known: enabled, any_version, group, daemon"]),
+        ({"integration": {"daemon": "maybe"}}, ["maybe", "settings given by the engine"]),
+        ({"hook": {"lag": "two"}}, ["settings given by the engine", "$.hook.lag"]),
+        ({"hook": 3}, ["settings given by the engine", "$.hook"]),
+    ],
+)
+def test_bad_overrides_are_refused(overrides: dict[str, object], words: list[str]) -> None:
+    """The message says that the engine gave them, and what would be right."""
+    with pytest.raises(ConfigError) as caught:
+        load_settings(None, {}, overrides=overrides)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_settings_of_plugins() -> None:
+    """On by default, for known releases, with a name of its own and a daemon that starts by itself; variables change each."""
+    assert load_settings(None, {}).integration == IntegrationSettings(
+        enabled=True, any_version=False, group="", daemon="auto"
+    )
+    environ = {
+        "EPLB_ASYNC_INTEGRATION_ENABLED": "0",
+        "EPLB_ASYNC_INTEGRATION_ANY_VERSION": "true",
+        "EPLB_ASYNC_INTEGRATION_GROUP": "chat",
+        "EPLB_ASYNC_INTEGRATION_DAEMON": "required",
+    }
+    settings = load_settings(None, environ)
+    assert settings.integration == IntegrationSettings(enabled=False, any_version=True, group="chat", daemon="required")
+    child = load_settings(None, config.settings_environment(settings))
+    assert child.integration == settings.integration
+
+
+@pytest.mark.parametrize(
+    ("field", "text"), [("GROUP", "a/b"), ("GROUP", "x" * 65), ("DAEMON", "maybe"), ("ENABLED", "perhaps")]
+)
+def test_bad_settings_of_plugins_are_refused(field: str, text: str) -> None:
+    """The message names the variable."""
+    with pytest.raises(ConfigError, match=f"EPLB_ASYNC_INTEGRATION_{field}"):
+        load_settings(None, {f"EPLB_ASYNC_INTEGRATION_{field}": text})
 
 
 def test_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,9 @@
 Classes of the wheel that need no GPU are also run.
 """
 
-import os
 import subprocess
 import sys
 import types
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,15 +16,17 @@ import torch
 from eplb_async.integrations.sglang_maps import MetadataMirror
 from eplb_async.integrations.sglang_surface import WEIGHT_CHANGES, expectations
 from eplb_async.integrations.source_check import SourceTree, problems
+from tests.integrations.wheels import changed, execute, needs, of_engine
 from tests.rank.solo import SOLO, attached
 
-FOLDER = os.environ.get("EPLB_ENGINE_WHEELS", "")
-WHEELS = sorted(Path(FOLDER).glob("sglang-0.5.23*.whl")) if FOLDER else []
-pytestmark = pytest.mark.skipif(not WHEELS, reason="EPLB_ENGINE_WHEELS names no folder with sglang-0.5.23*.whl")
+PATTERN = "sglang-[0-9]*.whl"
+WHEELS = of_engine(PATTERN)
+pytestmark = needs(PATTERN)
 
 EPLB, RUNNER = "sglang/srt/eplb", "sglang/srt/model_executor/model_runner.py"
 SCHEDULER = "sglang/srt/managers/scheduler.py"
 REGISTRY, LOCATION = "sglang.srt.plugins.hook_registry", "sglang.srt.eplb.expert_location"
+DISPATCH = "sglang.srt.eplb.expert_location_dispatch"
 DRIFTS = {
     "a renamed method": (f"{EPLB}/eplb_manager.py", "def on_forward_pass_end(self)", "def on_pass_end(self)"),
     "a new parameter": (
@@ -55,20 +55,6 @@ DRIFTS = {
 }
 
 
-def tree(name: str = "", old: str = "", new: str = "") -> SourceTree:
-    """The wheel, with one text changed."""
-    archive = zipfile.ZipFile(WHEELS[-1])
-
-    def read(path: str) -> str:
-        text = archive.read(path).decode()
-        if path == name:
-            assert old in text
-            return text.replace(old, new)
-        return text
-
-    return SourceTree(read, lambda: (path for path in archive.namelist() if path.endswith(".py")), "changed")
-
-
 def test_the_release_is_what_is_expected() -> None:
     """Nothing that the plugin touches is otherwise."""
     assert problems(SourceTree.of_wheel(WHEELS[-1]), expectations()) == []
@@ -77,8 +63,8 @@ def test_the_release_is_what_is_expected() -> None:
 @pytest.mark.parametrize("name", DRIFTS)
 def test_each_kind_of_drift_is_found(name: str) -> None:
     """One change in one source, of each kind, is reported with the place where it is."""
-    path, *change = DRIFTS[name]
-    found = problems(tree(path, *change), expectations())
+    path, old, new = DRIFTS[name]
+    found = problems(changed(WHEELS[-1], path, old, new), expectations())
     assert any(path in problem for problem in found), found
 
 
@@ -108,15 +94,6 @@ assert not module.HookRegistry._hooks and not module.HookRegistry._patched
     assert done.returncode == 0, done.stderr
 
 
-def real_module(name: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A module of the wheel, executed here."""
-    module = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    source = zipfile.ZipFile(WHEELS[-1]).read(f"{name.replace('.', '/')}.py")
-    exec(compile(source, name, "exec"), module.__dict__)  # noqa: S102
-    return module
-
-
 def test_the_releases_metadata_and_dispatch_follow_the_hook(
     group: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,8 +107,9 @@ def test_the_releases_metadata_and_dispatch_follow_the_hook(
     elastic: Any = types.ModuleType("sglang.srt.elastic_ep.elastic_ep")
     elastic.elastic_expanded_world_enabled = lambda: False
     monkeypatch.setitem(sys.modules, elastic.__name__, elastic)
-    location = real_module(LOCATION, monkeypatch)
-    dispatch = real_module("sglang.srt.eplb.expert_location_dispatch", monkeypatch)
+    for name in (LOCATION, DISPATCH):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # which restores what was there
+    location, dispatch = execute(WHEELS[-1], LOCATION), execute(WHEELS[-1], DISPATCH)
     with attached(group, runtime_dir) as (hook, _):
         experts = SOLO.num_experts
         table = torch.arange(experts).view(1, experts, 1).repeat(3, 1, 1)

@@ -34,7 +34,17 @@ from eplb_async.rank.hook import RankHook
 from eplb_async.rank.transfer.shm import SharedWeights, share_weights
 from eplb_async.shm.gc import collect_garbage
 
-__all__ = ["TENSORS", "Actor", "RankGroup", "RankOptions", "expert_bytes", "hook_settings", "make_weights", "run_step"]
+__all__ = [
+    "TENSORS",
+    "Actor",
+    "RankGroup",
+    "RankOptions",
+    "expert_bytes",
+    "forkserver",
+    "hook_settings",
+    "make_weights",
+    "run_step",
+]
 
 ANSWER_S = 60.0
 DEVICE = os.environ.get("EPLB_TEST_DEVICE", "cpu")
@@ -47,8 +57,9 @@ TENSORS: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
 }
 """Names, types and row shapes of the tensors of an expert."""
 
-_forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(["tests.rank.harness", "tests.rank.tracing"])
+forkserver = multiprocessing.get_context("forkserver")
+"""Its processes have torch loaded when they start."""
+forkserver.set_forkserver_preload(["tests.rank.harness", "tests.rank.tracing"])
 
 
 @functools.cache
@@ -257,8 +268,8 @@ class RankGroup:
                 collect_garbage(self.group)
 
     def _start(self, options: RankOptions) -> None:
-        ours, theirs = _forkserver.Pipe()
-        process = _forkserver.Process(target=_serve, args=(theirs, options), name=f"rank {options.rank}", daemon=True)
+        ours, theirs = forkserver.Pipe()
+        process = forkserver.Process(target=_serve, args=(theirs, options), name=f"rank {options.rank}", daemon=True)
         process.start()
         theirs.close()
         self.processes[options.rank : options.rank + 1] = [process]

@@ -51,6 +51,31 @@ def test_a_step_records_its_load_and_zeroes_it(group: str, runtime_dir: Path) ->
     assert (batch.counts == np.arange(1, 4)[:, None, None]).all()
 
 
+def test_what_a_forward_was_may_be_told_afterwards(group: str, runtime_dir: Path) -> None:
+    """`after_forward` replaces what before_forward said, each part for itself; a forward that turns out idle counts nothing."""
+    with attached(group, runtime_dir) as (hook, load):
+        for after in ({}, {"phase": "prefill", "num_tokens": 9}, {"num_tokens": 0}, {"phase": Phase.DUMMY}):
+            hook.before_forward("decode", num_tokens=4)
+            load += 1
+            hook.after_forward(**after)
+        hook.before_forward("mixed", num_tokens=3)
+        hook.after_forward()
+        batch = records(hook)
+    assert [PHASES[number].value for number in batch.phase] == ["decode", "prefill", "decode", "dummy", "mixed"]
+    assert batch.tokens.tolist() == [4, 9, 0, 4, 3]
+    assert batch.counts.any(axis=(1, 2)).tolist() == [True, True, True, False, False]
+
+
+def test_an_unknown_phase_afterwards_leaves_the_step_open(group: str, runtime_dir: Path) -> None:
+    """It is the caller's error; told again with a known one, the step ends as usual."""
+    with attached(group, runtime_dir) as (hook, _):
+        hook.before_forward()
+        with pytest.raises(UnknownName, match="decoding"):
+            hook.after_forward("decoding")
+        hook.after_forward("decode")
+        assert [PHASES[number].value for number in records(hook).phase] == ["decode"]
+
+
 @pytest.mark.parametrize("phase", ["dummy", "profile"])
 def test_idle_steps_count_no_load(group: str, runtime_dir: Path, phase: str) -> None:
     """Dummy and profile steps are steps and are recorded as such, but without their counts, which are not kept either."""
