@@ -13,7 +13,7 @@ from eplb_async.integrations.source_check import Calls, Constant, Expectation, F
 __all__ = ["KNOWN_RELEASES", "expectations"]
 
 KNOWN_RELEASES = ((0, 26), (0, 33))
-"""0.26 runs on GPUs in our benchmarks; 0.33 was compared with its wheel."""
+"""Both were compared with their wheels, and their EplbState was run with the hook in it on a CPU; not on GPUs yet."""
 
 STATE = "vllm/distributed/eplb/eplb_state.py"
 V1, V2 = "vllm/v1/worker/gpu_model_runner.py", "vllm/v1/worker/gpu/eplb_utils.py"
