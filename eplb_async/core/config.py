@@ -298,12 +298,13 @@ def check_group_name(group: str) -> str:
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of both, those of `over` first; tables are merged, values are not."""
+    """The settings of both, those of `over` first; tables are merged, values are not. Its tables are its own, to be written to."""
     result = dict(under)
     for name, value in over.items():
         below = under.get(name)
-        is_table = isinstance(value, Mapping) and isinstance(below, Mapping)
-        result[name] = {**below, **value} if is_table else value  # type: ignore[dict-item]
+        result[name] = (
+            {**(below if isinstance(below, Mapping) else {}), **value} if isinstance(value, Mapping) else value
+        )
     return result
 
 

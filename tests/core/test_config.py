@@ -327,3 +327,11 @@ def test_compiled_policies_of_other_sources_are_not_run(tmp_path: Path, monkeypa
     assert policy_cache(tmp_path) != before
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/somewhere")
     assert policy_cache(tmp_path) == Path("/somewhere")
+
+
+def test_the_environment_leaves_the_given_defaults_alone() -> None:
+    """Defaults are a constant of their caller: what one call reads over them must not be there at the next."""
+    defaults = {"hook": {"lag": 3}}
+    assert load_settings(environ={"EPLB_ASYNC_HOOK_LAG": "5"}, defaults=defaults).hook.lag == 5
+    assert defaults == {"hook": {"lag": 3}}
+    assert load_settings(environ={}, defaults=defaults).hook.lag == 3
