@@ -10,7 +10,6 @@ Before `join`, after `leave`, and wherever anything does not fit, the class is n
 time, and its maps are kept right, so that its own balancing goes on from where ours ended.
 """
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +19,9 @@ from eplb_async.core.load import Phase
 from eplb_async.integrations.engine_group import EngineGroup, TorchRanks, engine_settings, host_identity
 from eplb_async.integrations.sglang_engine import SglangModel, engine_ranks, refusals
 from eplb_async.integrations.sglang_maps import MetadataMirror
+from eplb_async.integrations.sglang_surface import SGLANG
 
 __all__ = ["SglangBalancer", "balancer_class"]
-
-# a child of SGLang's logger: its handlers and level are what the operator reads
-logger = logging.getLogger("sglang.eplb_async")
 
 PHASES = {
     "DECODE": Phase.DECODE,
@@ -63,14 +60,14 @@ def balancer_class(theirs: type[Any]) -> type[Any]:
             try:
                 self.eplb_async = SglangBalancer.join(self._get_model(), self._model_config, engine_settings())
             except EplbError as error:
-                logger.warning("eplb_async: SGLang's own EPLB stays: %s", error)
+                SGLANG.stays(error)
 
         def eplb_async_leave(self, why: str) -> None:
             """Leave the group; from now on this is SGLang's own."""
             balancer, self.eplb_async = self.eplb_async, None
             if balancer is None:
                 return
-            logger.warning("eplb_async leaves, and SGLang's own EPLB takes over: %s", why)
+            SGLANG.logger.warning("eplb_async leaves, and SGLang's own EPLB takes over: %s", why)
             balancer.leave()
             super().reset_generator()
             if balancer.has_empty:
@@ -133,7 +130,7 @@ class SglangBalancer:
             return found[0].offer
 
         group = EngineGroup.join(ranks, offer, settings)
-        logger.info(
+        SGLANG.logger.info(
             "eplb_async balances %s: group %s, policy %s, see `eplb-async status`",
             found[0].offer.model,
             group.hook.group,

@@ -9,18 +9,13 @@ If anything does not fit, a warning says what, and SGLang's own EPLB stays: all 
 This was checked against the sources of SGLang 0.5.23 and run with stand-ins on CPUs. It has not been run on GPUs.
 """
 
-import logging
 from collections import defaultdict
-from importlib import import_module, metadata
-from pathlib import Path
+from importlib import import_module
 from types import ModuleType
 from typing import Any, ClassVar
 
-from eplb_async.core.errors import EplbError
-from eplb_async.integrations.engine_group import engine_settings
-from eplb_async.integrations.import_hook import when_imported
-from eplb_async.integrations.sglang_surface import KNOWN_RELEASES, WEIGHT_CHANGES, expectations
-from eplb_async.integrations.source_check import SourceTree, problems
+from eplb_async.integrations.registration import misfit, register_once
+from eplb_async.integrations.sglang_surface import SGLANG, WEIGHT_CHANGES, expectations
 
 __all__ = ["register"]
 
@@ -29,39 +24,23 @@ RUNNER = f"{RUNNER_MODULE}.ModelRunner"
 BALANCER = "sglang.srt.eplb.eplb_manager.EPLBManager"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
-# a child of SGLang's logger: its handlers and level are what the operator reads
-logger = logging.getLogger("sglang.eplb_async")
-_registered = False
-
 
 def register() -> None:
-    """The entry point. Called any number of times, it does its work once for each process. Never raises."""
-    global _registered  # noqa: PLW0603
-    if _registered:
-        return
-    _registered = True
-    try:
-        settings = engine_settings()
-    except EplbError as error:
-        logger.warning("eplb_async: SGLang's own EPLB stays: %s", error)
-        return
-    if not settings.integration.enabled:
-        logger.info("eplb_async is switched off (EPLB_ASYNC_INTEGRATION_ENABLED); SGLang's own EPLB stays")
-        return
-    when_imported(RUNNER_MODULE, _install)
+    """The entry point; see `register_once`."""
+    register_once(SGLANG, RUNNER_MODULE, _install)
 
 
 def _install(runner_module: ModuleType) -> None:
     """Put our class where SGLang's is, in its own module and in those that have imported it by name."""
     if why := _misfit():
-        logger.warning("eplb_async: SGLang's own EPLB stays: %s", why)
+        SGLANG.stays(why)
         return
     from eplb_async.integrations.sglang_balancer import balancer_class
 
     owner = import_module(BALANCER.rpartition(".")[0])
     theirs = owner.EPLBManager
     if theirs.__module__ != owner.__name__:
-        logger.warning("eplb_async: SGLang's own EPLB stays: another plugin has replaced it by %r", theirs)
+        SGLANG.stays(f"another plugin has replaced it by {theirs!r}")
         return
     ours, registry = balancer_class(theirs), _own_registry()
     registry.add(BALANCER, ours, "REPLACE")
@@ -73,12 +52,10 @@ def _install(runner_module: ModuleType) -> None:
     # the registry logs what fails, and goes on
     missing = sorted(set(registry._hooks) - registry._patched)
     if missing or runner_module.__dict__.get("EPLBManager") is not ours:
-        logger.warning(
-            "eplb_async: SGLang's own EPLB stays: hooks could not be applied: %s", ", ".join(missing) or BALANCER
-        )
+        SGLANG.stays(f"hooks could not be applied: {', '.join(missing) or BALANCER}")
         return
     ours.eplb_async_complete = True
-    logger.info("eplb_async takes the place of SGLang's EPLB where --enable-eplb is given")
+    SGLANG.taken()
 
 
 def _own_registry() -> Any:
@@ -127,17 +104,4 @@ def _balancer_of(runner: Any) -> Any:
 
 
 def _misfit() -> str:
-    """Why this SGLang is left alone, or ""."""
-    try:
-        release = metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        return "its release cannot be told, since it is not installed as a package"
-    known = ", ".join(KNOWN_RELEASES)
-    if not engine_settings().integration.any_version and release.partition("+")[0] not in KNOWN_RELEASES:
-        return (
-            f"SGLang {release} is not one of the releases that this version was checked against ({known}); "
-            "EPLB_ASYNC_INTEGRATION_ANY_VERSION=1 tries it all the same"
-        )
-    package = Path(str(import_module("sglang").__file__)).parent
-    found = problems(SourceTree.of_folder(package), expectations())
-    return f"SGLang {release} differs from what this version knows: {'; '.join(found)}" if found else ""
+    return misfit(SGLANG, expectations())

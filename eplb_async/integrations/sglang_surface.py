@@ -5,11 +5,17 @@ When a release changes one of these, the plugin says which and leaves SGLang's o
     EPLB_ENGINE_WHEELS=FOLDER pytest tests/integrations/test_sglang_wheel.py         (FOLDER holds sglang-*.whl)
 """
 
+from eplb_async.integrations.registration import Engine
 from eplb_async.integrations.source_check import Calls, Expectation, Fields, Function, Instance, Uses
 
-__all__ = ["KNOWN_RELEASES", "WEIGHT_CHANGES", "expectations"]
+__all__ = ["SGLANG", "WEIGHT_CHANGES", "expectations"]
 
-KNOWN_RELEASES = ("0.5.23",)
+SGLANG = Engine(
+    name="SGLang",
+    package="sglang",
+    releases=("0.5.23",),
+    release_of=lambda version: version.partition("+")[0],
+)
 """Compared with its wheel; not run on GPUs."""
 
 WEIGHT_CHANGES = {

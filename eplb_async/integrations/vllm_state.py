@@ -11,7 +11,6 @@ What vLLM's kernels read is the hook's own tensors: int64 as theirs, at addresse
 If one model cannot be taken over, none is: vLLM's own state is made anew for all, and this class is then nothing but its parent.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +21,9 @@ from eplb_async.core.errors import EngineDeclined, EplbError
 from eplb_async.core.load import Phase
 from eplb_async.core.spec import MoESpec
 from eplb_async.integrations.engine_group import EngineGroup, Offer, TorchRanks, engine_settings, host_identity
+from eplb_async.integrations.vllm_surface import VLLM
 
 __all__ = ["VllmBalancer", "state_class"]
-
-logger = logging.getLogger("vllm.eplb_async")
 
 
 def state_class(theirs: type[Any]) -> type[Any]:
@@ -44,7 +42,7 @@ def state_class(theirs: type[Any]) -> type[Any]:
                 try:
                     self.eplb_async.add(self, args, kwargs)
                 except EngineDeclined as error:
-                    _stays(error)
+                    VLLM.stays(error)
                     added, self.eplb_async = self.eplb_async.give_back(), None
                     if len(added) > 1:  # those before this one have our tensors
                         self.model_states.clear()
@@ -114,12 +112,12 @@ class VllmBalancer:
         try:
             settings = engine_settings(extra.get("eplb_async") if isinstance(extra, dict) else None)
             if not settings.integration.enabled:
-                logger.info("eplb_async is switched off (integration.enabled); vLLM's own EPLB stays")
+                VLLM.logger.info("eplb_async is switched off (integration.enabled); vLLM's own EPLB stays")
                 return None
             if parallel.enable_elastic_ep:
                 raise EngineDeclined(["elastic expert parallelism changes the ranks of a running model"])
         except EplbError as error:
-            _stays(error)
+            VLLM.stays(error)
             return None
         return cls(settings, _max_decode_tokens(config), parallel.eplb_config.log_balancedness_interval)
 
@@ -148,7 +146,7 @@ class VllmBalancer:
         self._groups.append(group)
         _use_tensors(model_state, group)
         state.is_async = False  # vLLM starts its own worker where this is true
-        logger.info(
+        VLLM.logger.info(
             "eplb_async balances %s: group %s, policy %s, see `eplb-async status`",
             model_state.model_name,
             group.hook.group,
@@ -184,7 +182,7 @@ class VllmBalancer:
             ranks_LR = load_LP.reshape(load_LP.shape[0], group.hook.spec.num_ranks, -1).sum(dim=-1).float()
             mean, most = torch.stack([ranks_LR.mean(dim=1).sum(), ranks_LR.max(dim=1).values.sum()]).tolist()
             if group.hook.rank == 0:
-                logger.info(
+                VLLM.logger.info(
                     "EPLB step: %d for model %s: avg_tokens=%.2f, max_tokens=%d, balancedness=%.4f (eplb_async, generation %d)",
                     state.expert_rearrangement_step,
                     model_state.model_name,
@@ -232,7 +230,3 @@ def _max_decode_tokens(config: Any) -> int:
     speculative = config.speculative_config
     drafted = getattr(speculative, "num_speculative_tokens", None) or 0
     return int(config.scheduler_config.max_num_seqs * (1 + drafted))
-
-
-def _stays(error: EplbError) -> None:
-    logger.warning("eplb_async: vLLM's own EPLB stays: %s", error)

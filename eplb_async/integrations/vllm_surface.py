@@ -8,11 +8,17 @@ Upstream discusses a seam of its own for balancers (vllm-project/vllm issues 497
 call when a layer is committed). What would move to it is in vllm_state.py; this file would shrink to that seam.
 """
 
+from eplb_async.integrations.registration import Engine
 from eplb_async.integrations.source_check import Calls, Constant, Expectation, Fields, Function, Instance, Uses
 
-__all__ = ["KNOWN_RELEASES", "expectations"]
+__all__ = ["VLLM", "expectations"]
 
-KNOWN_RELEASES = ((0, 26), (0, 33))
+VLLM = Engine(
+    name="vLLM",
+    package="vllm",
+    releases=("0.26", "0.33"),
+    release_of=lambda version: ".".join(version.split(".")[:2]),
+)
 """Both were compared with their wheels, and their EplbState was run with the hook in it on a CPU; not on GPUs yet."""
 
 STATE = "vllm/distributed/eplb/eplb_state.py"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eplb_async.integrations import sglang_plugin
+from eplb_async.integrations import registration, sglang_plugin
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sglang").mkdir()
     init = tmp_path / "sglang" / "__init__.py"
     init.touch()
-    monkeypatch.setattr(sglang_plugin, "import_module", lambda name: SimpleNamespace(__file__=str(init)))
+    monkeypatch.setattr(registration, "import_module", lambda name: SimpleNamespace(__file__=str(init)))
 
 
 def found(monkeypatch: pytest.MonkeyPatch, release: str) -> str:
