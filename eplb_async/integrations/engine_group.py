@@ -6,7 +6,6 @@
 Engines call their balancer once a step, behind the forward. So `step` ends the hook's step and begins the next.
 """
 
-import atexit
 import logging
 import os
 import platform
@@ -30,7 +29,17 @@ from eplb_async.rank.hook import RankHook
 from eplb_async.rank.weights import LayerTensors
 from eplb_async.runtime.client import ControlClient
 
-__all__ = ["ENGINE_DEFAULTS", "EngineGroup", "Offer", "Ranks", "TorchRanks", "engine_settings", "host_identity"]
+__all__ = [
+    "ENGINE_DEFAULTS",
+    "EngineGroup",
+    "Offer",
+    "Ranks",
+    "TorchRanks",
+    "agree",
+    "engine_settings",
+    "host_identity",
+    "spec_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +107,17 @@ class Offer:
     load_kind: LoadKind = LoadKind.GLOBAL_SLOTS
 
 
+def spec_of(num_layers: int, num_experts: int, num_slots: int, num_ranks: int, num_groups: int | None) -> MoESpec:
+    """What is balanced, in the numbers that engines have. Expert groups that do not divide, and none, count as one."""
+    return MoESpec(
+        num_layers=num_layers,
+        num_experts=num_experts,
+        num_redundant=num_slots - num_experts,
+        num_ranks=num_ranks,
+        num_expert_groups=num_groups if num_groups and num_experts % num_groups == 0 else 1,
+    )
+
+
 class EngineGroup:
     """One model of an engine, balanced by us. Its methods belong to the thread that runs the forwards.
 
@@ -110,9 +130,8 @@ class EngineGroup:
         self.hook, self._load, self._settings = hook, load, settings
         self._started = False
         self._asking: threading.Thread | None = None
-        # worker processes of multiprocessing end without atexit, others without finalizers
-        self._at_exit = Finalize(self, hook.detach, exitpriority=100)
-        atexit.register(self.close)
+        # not atexit: worker processes of multiprocessing end without it, and all others run finalizers in it
+        self._leave = Finalize(self, hook.detach, exitpriority=100)
 
     @classmethod
     def join(cls, ranks: Ranks, offer: Callable[[], Offer], settings: Settings) -> "EngineGroup":
@@ -127,10 +146,15 @@ class EngineGroup:
             EngineDeclined: on all ranks, if one of them cannot; says which, and why.
         """
         made, problem = _attempt(lambda: _checked(offer(), ranks))
-        name = _agree(ranks, problem, _group_name(settings, made) if made else "")
+        told = agree(ranks, problem, (host_identity(), _group_name(settings, made) if made else ""))
+        name, num_hosts = told[0][1], len({host for host, _ in told})
+        if num_hosts > 1:
+            raise EngineDeclined(
+                [f"its {ranks.size} ranks run on {num_hosts} hosts, and daemons do not plan for several yet"]
+            )
         hook, problem = _attempt(lambda: _attach(name, ranks.rank, made, settings))
         try:
-            _agree(ranks, problem, "")
+            agree(ranks, problem, None)
         except BaseException:  # also of the engine's own collective, when a rank has died
             if hook is not None:
                 hook.detach()
@@ -164,9 +188,7 @@ class EngineGroup:
 
     def close(self) -> None:
         """Leave the group. Idempotent."""
-        atexit.unregister(self.close)
-        if self._at_exit.still_active():
-            self._at_exit()
+        self._leave()
 
     def _ask(self) -> None:
         try:
@@ -185,12 +207,16 @@ def _attempt(act: Callable[[], T]) -> tuple[T | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _agree(ranks: Ranks, problem: str, name: str) -> str:
-    """The first rank's name, if no rank has a problem."""
-    found = ranks.gather((problem, name))
+def agree(ranks: Ranks, problem: str, value: T) -> list[T]:
+    """The values of all ranks, if none has a problem. All call this together.
+
+    Raises:
+        EngineDeclined: on all ranks, if one has; says which, and what.
+    """
+    found = ranks.gather((problem, value))
     if any(problem for problem, _ in found):
         raise EngineDeclined([f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(found) if problem])
-    return found[0][1]
+    return [value for _, value in found]
 
 
 def _checked(offer: Offer, ranks: Ranks) -> Offer:

@@ -16,7 +16,7 @@ from typing import Any
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import EngineDeclined, EplbError
 from eplb_async.core.load import Phase
-from eplb_async.integrations.engine_group import EngineGroup, TorchRanks, engine_settings, host_identity
+from eplb_async.integrations.engine_group import EngineGroup, TorchRanks, agree, engine_settings
 from eplb_async.integrations.sglang_engine import SglangModel, engine_ranks, refusals
 from eplb_async.integrations.sglang_maps import MetadataMirror
 from eplb_async.integrations.sglang_surface import SGLANG
@@ -121,9 +121,6 @@ class SglangBalancer:
         if reasons := refusals():
             raise EngineDeclined(reasons)
         ranks, found = engine_ranks(), list[SglangModel]()
-        hosts = set(ranks.gather(host_identity()))
-        if len(hosts) > 1:
-            raise EngineDeclined([f"its ranks run on {len(hosts)} hosts, and daemons do not plan for several yet"])
 
         def offer() -> Any:
             found.append(SglangModel.read(model, model_config))
@@ -174,6 +171,4 @@ class SglangBalancer:
     def _look(self, model: Any) -> None:
         """Warm-up and the first forward may still have changed the layout of weights; later ones do not."""
         self._looked = True
-        problems = self._ranks.gather(self._model.moved(model))
-        if any(problems):
-            raise EngineDeclined([f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem])
+        agree(self._ranks, self._model.moved(model), None)

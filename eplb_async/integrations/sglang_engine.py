@@ -16,7 +16,7 @@ from eplb_async.core.errors import EngineDeclined, EplbError
 from eplb_async.core.load import LoadKind
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
-from eplb_async.integrations.engine_group import Offer, TorchRanks
+from eplb_async.integrations.engine_group import Offer, TorchRanks, spec_of
 from eplb_async.rank.weights import LayerTensors, named_tensors
 
 __all__ = ["Counts", "SglangModel", "engine_ranks", "expert_weights", "refusals"]
@@ -125,7 +125,8 @@ class SglangModel:
         if not layer_ids or layer_ids[-1] >= metadata.num_layers:
             raise EngineDeclined([f"the model's MoE layers are {layer_ids}, of {metadata.num_layers} that have a map"])
         config = location.ModelConfigForExpertLocation.from_model_config(model_config)
-        spec = _spec(metadata, len(layer_ids), config.num_groups)
+        experts, slots = metadata.num_logical_experts, metadata.num_physical_experts
+        spec = spec_of(len(layer_ids), experts, slots, metadata.ep_size, config.num_groups)
         placement_LP = metadata.physical_to_logical_map_cpu[layer_ids].numpy().astype(np.int32)
         _check_loaded(placement_LP, spec)
         data, kind = _counted(metadata, spec)
@@ -155,17 +156,6 @@ class SglangModel:
 def expert_weights(model: Any, layer_ids: Sequence[int]) -> Sequence[LayerTensors]:
     """What SGLang's own balancing would move, per MoE layer."""
     return [list(model.routed_experts_weights_of_layer[layer]) for layer in layer_ids]
-
-
-def _spec(metadata: Any, num_layers: int, num_groups: int | None) -> MoESpec:
-    experts, slots = metadata.num_logical_experts, metadata.num_physical_experts
-    return MoESpec(
-        num_layers=num_layers,
-        num_experts=experts,
-        num_redundant=slots - experts,
-        num_ranks=metadata.ep_size,
-        num_expert_groups=num_groups if num_groups and experts % num_groups == 0 else 1,
-    )
 
 
 def _check_loaded(placement_LP: IntArray, spec: MoESpec) -> None:

@@ -21,15 +21,14 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 class SourceTree:
     """Python sources by their path below a root, such as "vllm/plugins/__init__.py"."""
 
-    def __init__(self, read: Callable[[str], str], names: Callable[[], Iterable[str]], where: str) -> None:
+    def __init__(self, read: Callable[[str], str], names: Callable[[], Iterable[str]]) -> None:
         """Use `of_folder` or `of_wheel`.
 
         Args:
             read: the text at a path; raises OSError or KeyError.
             names: all paths.
-            where: for messages.
         """
-        self._read, self._names, self.where = read, names, where
+        self._read, self._names = read, names
         self._parsed: dict[str, ast.Module] = {}
 
     @classmethod
@@ -39,7 +38,6 @@ class SourceTree:
         return cls(
             lambda name: (root / name).read_text(encoding="utf-8"),
             lambda: (path.relative_to(root).as_posix() for path in sorted(package.rglob("*.py"))),
-            str(package),
         )
 
     @classmethod
@@ -49,7 +47,6 @@ class SourceTree:
         return cls(
             lambda name: archive.read(name).decode("utf-8"),
             lambda: (name for name in archive.namelist() if name.endswith(".py")),
-            path.name,
         )
 
     def text(self, name: str) -> str:

@@ -19,8 +19,7 @@ import torch
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import EngineDeclined, EplbError
 from eplb_async.core.load import Phase
-from eplb_async.core.spec import MoESpec
-from eplb_async.integrations.engine_group import EngineGroup, Offer, TorchRanks, engine_settings, host_identity
+from eplb_async.integrations.engine_group import EngineGroup, Offer, TorchRanks, engine_settings, spec_of
 from eplb_async.integrations.vllm_surface import VLLM
 
 __all__ = ["VllmBalancer", "state_class"]
@@ -136,11 +135,6 @@ class VllmBalancer:
         self._added.append((args, kwargs))
         model_state, ep_group = next(reversed(state.model_states.values())), get_ep_group()
         ranks = TorchRanks(ep_group.cpu_group)
-        hosts = ranks.gather(host_identity())
-        if len(set(hosts)) > 1:
-            raise EngineDeclined(
-                [f"its {ranks.size} ranks run on {len(set(hosts))} hosts, and daemons do not plan for several yet"]
-            )
         part = f"{len(self._groups) + 1}" if self._groups else ""
         group = EngineGroup.join(ranks, lambda: _offer(model_state, ranks.size, part), self._settings)
         self._groups.append(group)
@@ -195,16 +189,15 @@ class VllmBalancer:
 
 def _offer(model_state: Any, num_ranks: int, part: str) -> Offer:
     model = model_state.model
-    groups = model.num_expert_groups
     return Offer(
         model=model_state.model_name,
         part=part,
-        spec=MoESpec(
-            num_layers=model.num_moe_layers,
-            num_experts=model.num_logical_experts,
-            num_redundant=model.num_physical_experts - model.num_logical_experts,
-            num_ranks=num_ranks,
-            num_expert_groups=groups if groups and model.num_logical_experts % groups == 0 else 1,
+        spec=spec_of(
+            model.num_moe_layers,
+            model.num_logical_experts,
+            model.num_physical_experts,
+            num_ranks,
+            model.num_expert_groups,
         ),
         weights=model.expert_weights,
         load=model_state.expert_load_pass,

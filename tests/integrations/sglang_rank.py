@@ -11,20 +11,12 @@ import torch.distributed as dist
 from eplb_async.integrations import sglang_engine, sglang_plugin
 from tests.conftest import segments_left
 from tests.integrations import sglang_stand_in
+from tests.integrations.heard import Heard
 from tests.integrations.sglang_stand_in import Batch, ForwardMode, ModelRunner, Options
 
 __all__ = ["answer", "counted", "disable", "forward", "maps", "moved", "start", "state", "stop", "update"]
 
 RUNNER = "sglang.srt.model_executor.model_runner"
-
-
-class _Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
 
 
 def start(actor: Any, rendezvous: str, environment: dict[str, str], fields: dict[str, Any], misfit: str = "") -> None:
@@ -35,7 +27,7 @@ def start(actor: Any, rendezvous: str, environment: dict[str, str], fields: dict
         misfit: what comparing SGLang's source with the known one found.
     """
     os.environ.update(environment)
-    actor.heard = _Heard()
+    actor.heard = Heard()
     logging.getLogger("sglang").addHandler(actor.heard)
     logging.getLogger("sglang").setLevel(logging.INFO)
     options, spec = actor.options, actor.options.spec

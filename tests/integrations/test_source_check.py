@@ -136,5 +136,5 @@ def test_sources_that_cannot_be_decoded_are_problems(tmp_path: Path) -> None:
 
 def test_an_expectation_without_a_definition_is_our_mistake() -> None:
     """It is reported as a problem, never taken for granted."""
-    tree = SourceTree(lambda name: "x = 1", lambda: ["a.py"], "memory")
+    tree = SourceTree(lambda name: "x = 1", lambda: ["a.py"])
     assert problems(tree, [Instance("a.py:", ("x",))]) == ["a.py has no "]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from eplb_async.core.errors import EngineDeclined
 from eplb_async.integrations.vllm_state import state_class
 from tests.conftest import segments_left
+from tests.integrations.heard import Heard
 from tests.integrations.vllm_stand_in import (
     EXPERTS,
     StandInModel,
@@ -23,21 +24,12 @@ from tests.integrations.vllm_stand_in import (
 __all__ = ["add", "call", "forward", "look", "remap", "start", "step", "stop", "warm_up"]
 
 
-class _Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
-
-
 def start(
     actor: Any, rendezvous: str, environment: dict[str, str], extra: Any, wheel: Path | None, elastic: bool
 ) -> None:
     """Make an EplbState of the plugin's class, without a model."""
     os.environ.update(environment)
-    actor.heard = _Heard()
+    actor.heard = Heard()
     for name in ("vllm", "eplb_async.integrations"):
         logging.getLogger(name).addHandler(actor.heard)
         logging.getLogger(name).setLevel(logging.INFO)

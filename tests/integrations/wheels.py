@@ -38,7 +38,7 @@ def changed(wheel: Path, name: str, old: str, new: str) -> SourceTree:
             return text.replace(old, new)
         return text
 
-    return SourceTree(read, lambda: (path for path in archive.namelist() if path.endswith(".py")), "changed")
+    return SourceTree(read, lambda: (path for path in archive.namelist() if path.endswith(".py")))
 
 
 def execute(wheel: Path, name: str) -> ModuleType:
