@@ -1,0 +1,274 @@
+"""Tables of what the cases wrote: step times and throughput, balance and its way back after a change, outputs, faults."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["report", "step_times"]
+
+AROUND_CHANGE_S = 0.02
+"""A change of the router stops the engine: steps so close to one are left out."""
+LOCAL_STEPS = 51
+"""Contexts grow, and so do steps: what is long is told from the median of this many around it."""
+LONG_MS = 1.0
+SMOOTH_STEPS = 10
+
+Array = NDArray[np.float64]
+Run = Mapping[str, Any]
+
+
+def report(folder: Path) -> str:
+    """Markdown of all results in a folder; sections without results are left out."""
+    runs: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*-*-*.json")):
+        scenario, *mode, _ = path.stem.split("-")
+        runs[scenario]["-".join(mode)].append(json.loads(path.read_text()))
+    sections = {"decode": _decode, "prefill": _prefill, "outputs": _outputs, "faults": _faults}
+    return "\n\n".join(f"## {name}\n\n{make(runs[name])}" for name, make in sections.items() if name in runs)
+
+
+def step_times(run: Run, begin: str = "begin", end: str = "end") -> tuple[Array, Array, Array]:
+    """When each step began, how many ms until the next began, and device ms from the end of its forward to the next one's.
+
+    Of both ranks, in the order of time, between two marks, without those around changes of the router.
+    """
+    parts = []
+    for worker in run["workers"]:
+        began, device = np.array(worker["begin"]), np.array(worker["device_ms"])
+        took = 1e3 * np.diff(began)
+        inside = (began[:-1] >= run["marks"][begin]) & (began[1:] <= run["marks"][end])
+        for before, after in run["changes"]:
+            inside &= (began[1:] < before - AROUND_CHANGE_S) | (began[:-1] > after + AROUND_CHANGE_S)
+        number = min(len(took), len(device))
+        parts.append(np.stack([began[:number], took[:number], device[:number]])[:, inside[:number]])
+    starts, times, device_times = np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate([p[0] for p in parts]))]
+    return starts, times, device_times
+
+
+def rebalances(run: Run) -> list[tuple[int, int]]:
+    """(steps from a rank's first step with the plan to its last commit, entries) of each plan of ours within the run, rank 0."""
+    found, begun, entries = [], None, 0
+    for index, (_, _, busy, _, length) in enumerate(run["workers"][0]["eplb"]):
+        if busy and begun is None:
+            begun = index
+        entries = max(entries, length) if busy else entries
+        if not busy and begun is not None:
+            found.append((index - begun, entries))
+            begun, entries = None, 0
+    return found
+
+
+def _decode(modes: Mapping[str, list[Run]]) -> str:
+    rows = []
+    for mode, runs in modes.items():
+        values: dict[str, list[float]] = defaultdict(list)
+        for run in runs:
+            _, times, device = step_times(run)
+            local = device - _running_median(device)
+            values["device_p50"].append(float(np.median(device)))
+            values["device_p99"].append(float(np.percentile(device, 99)))
+            values["p50"].append(float(np.median(times)))
+            values["p99"].append(float(np.percentile(times, 99)))
+            values["max"].append(float(times.max()))
+            values["tokens"].append(1e3 * run["scenario"]["batch"] / float(times.mean()))
+            values["long"].append(100 * float((local > LONG_MS).mean()))
+            values["worst"].append(float(local.max()))
+            if run["workers"][0]["eplb"]:
+                held = [1e6 * took for worker in run["workers"] for _, took, *_ in worker["eplb"]]
+                values["held"].append(float(np.median(held)))
+            found = rebalances(run)
+            values["plans"].append(len(found))
+            whole = [steps for steps, entries in found if not entries or entries >= run["scenario"]["layers"]]
+            if whole:
+                values["whole"].append(float(np.median(whole)))
+                values["whole_max"].append(max(whole))
+            if "check" in run:
+                values["wrong"].append(run["check"]["wrong_slots"] + run["check"]["wrong_map_entries"])
+        rows.append([mode, len(runs), *(_spread(values[key], digits) for key, digits in _DECODE_COLUMNS.values())])
+    return _table(["mode", "runs", *_DECODE_COLUMNS], rows)
+
+
+_DECODE_COLUMNS = {
+    "p50 ms": ("p50", 3),
+    "p99 ms": ("p99", 3),
+    "max ms": ("max", 2),
+    "tok/s": ("tokens", 0),
+    "device p50 ms": ("device_p50", 3),
+    "device p99 ms": ("device_p99", 3),
+    "device: steps over the local median + 1 ms, %": ("long", 2),
+    "longest over it, ms": ("worst", 2),
+    "host time in EPLB, p50 us": ("held", 0),
+    "rebalances": ("plans", 0),
+    "steps of a rebalance, p50": ("whole", 0),
+    "steps of a rebalance, max": ("whole_max", 0),
+    "wrong slots and map entries": ("wrong", 0),
+}
+
+
+def _prefill(modes: Mapping[str, list[Run]]) -> str:
+    rows = []
+    for mode, runs in modes.items():
+        values: dict[str, list[float]] = defaultdict(list)
+        for run in runs:
+            starts, times, _ = step_times(run)
+            change, begin, end = run["marks"]["change_0"], run["marks"]["begin"], run["marks"]["end"]
+            spans = {
+                "before": (begin + 0.5 * (change - begin), change),
+                "change": (change, end),
+                "after": (change + 0.5 * (end - change), end),
+            }
+            for name, (first, last) in spans.items():
+                inside = (starts >= first) & (starts < last)
+                if not inside.any():
+                    continue
+                values[f"tokens_{name}"].append(_tokens_per_s(run, first, last))
+                values[f"p50_{name}"].append(float(np.median(times[inside])))
+                values[f"max_{name}"].append(float(times[inside].max()))
+            for name, par in _pars(run, spans):
+                values[name].append(par)
+            restored = _restored_s(run, change)
+            if restored is not None:
+                values["restored"].append(restored)
+            if "check" in run:
+                values["wrong"].append(run["check"]["wrong_slots"] + run["check"]["wrong_map_entries"])
+            if mode.startswith("ours"):
+                done = [decision for decision in run["decisions"] if decision["outcome"] == "finished"]
+                values["plans"].append(len(done))
+                values["moves"].append(sum(decision["num_moves"] for decision in done))
+        rows.append([mode, len(runs), *(_spread(values[key], digits) for key, digits in _PREFILL_COLUMNS.values())])
+    return _table(["mode", "runs", *_PREFILL_COLUMNS], rows)
+
+
+_PREFILL_COLUMNS = {
+    "tok/s before the change": ("tokens_before", 0),
+    "PAR before": ("par_before", 3),
+    "tok/s from the change on": ("tokens_change", 0),
+    "tok/s at the end": ("tokens_after", 0),
+    "PAR at the end": ("par_after", 3),
+    "p50 ms at the end": ("p50_after", 2),
+    "max ms from the change on": ("max_change", 1),
+    "seconds until balance is back": ("restored", 2),
+    "plans": ("plans", 0),
+    "experts moved": ("moves", 0),
+    "wrong slots and map entries": ("wrong", 0),
+}
+
+
+def _tokens_per_s(run: Run, first: float, last: float) -> float:
+    """Of one rank's steps that began between two times."""
+    began, tokens = np.array(run["workers"][0]["begin"]), np.array(run["workers"][0]["tokens"])
+    inside = np.flatnonzero((began >= first) & (began < last))
+    return float(tokens[inside[:-1]].sum() / (began[inside[-1]] - began[inside[0]]))
+
+
+def _pars(run: Run, spans: Mapping[str, tuple[float, float]]) -> Iterator[tuple[str, float]]:
+    when, par = _par_series(run)
+    for name, (first, last) in spans.items():
+        inside = (when >= first) & (when < last)
+        if inside.any():
+            yield f"par_{name}", float(par[inside].mean())
+
+
+def _par_series(run: Run) -> tuple[Array, Array]:
+    worker = run["workers"][0]
+    known = [(entry[0], par) for entry, par in zip(worker["eplb"], worker["par"], strict=False) if par is not None]
+    when, par = zip(*known, strict=True) if known else ((), ())
+    return np.array(when), np.array(par)
+
+
+def _restored_s(run: Run, change: float) -> float | None:
+    """From the change of traffic until nine tenths of what balancing brings back are back, of the PAR's running mean."""
+    when, par = _par_series(run)
+    after = when > change
+    when, par = when[after], par[after]
+    if len(par) < 4 * SMOOTH_STEPS:
+        return None
+    smooth = np.convolve(par, np.full(SMOOTH_STEPS, 1 / SMOOTH_STEPS), "valid")
+    first, last = float(smooth[0]), float(np.mean(par[-len(par) // 4 :]))
+    if first - last < 0.01:
+        return None
+    back = np.flatnonzero(smooth <= last + 0.1 * (first - last))
+    return float(when[back[0] + SMOOTH_STEPS - 1] - change) if len(back) else None
+
+
+def _outputs(modes: Mapping[str, list[Run]]) -> str:
+    rows = []
+    reference = next(iter(modes.values()))[0]["digests"]
+    for mode, runs in modes.items():
+        for run in runs:
+            pairs = list(zip(run["digests"], reference, strict=False))
+            check = run.get("check", {})
+            finished = [decision for decision in run.get("decisions", []) if decision["outcome"] == "finished"]
+            rows.append(
+                [
+                    mode,
+                    len(pairs),
+                    len(pairs) * run["scenario"]["tokens"],
+                    sum(ours != theirs for ours, theirs in pairs),
+                    len(set(run["digests"])),
+                    run["distinct_tokens"],
+                    len(finished),
+                    sum(decision["num_committed"] for decision in finished),
+                    sum(decision["num_moves"] for decision in finished),
+                    check.get("wrong_slots", "-"),
+                    check.get("wrong_map_entries", "-"),
+                ]
+            )
+    head = ["mode", "requests", "tokens", "requests that differ from the first run", "different answers"]
+    more = ["different tokens", "plans committed", "layer commits", "experts moved", "wrong slots", "wrong map entries"]
+    return _table([*head, *more], rows)
+
+
+def _faults(modes: Mapping[str, list[Run]]) -> str:
+    rows = []
+    for mode, runs in modes.items():
+        for run in runs:
+            starts, _, device = step_times(run)
+            local, marks = device - _running_median(device), run["marks"]
+            about = [marks[name] for name in ("kill_0", "serve_0", "fault_0")]
+            near = [float(local[(starts > mark - 0.05) & (starts < mark + 1.0)].max()) for mark in about]
+            before = run["decisions_of_the_killed"]
+            drops = [decision for decision in run["decisions"] if decision["outcome"] == "dropped"]
+            rows.append(
+                [
+                    mode,
+                    run["unfinished"],
+                    *(f"{value:.2f}" for value in near),
+                    f"{float(local.max()):.2f}",
+                    sum(decision["outcome"] == "finished" for decision in before),
+                    sum(decision["outcome"] == "finished" for decision in run["decisions"]),
+                    len(drops),
+                    run["status_exit"],
+                    run["check"]["wrong_slots"] + run["check"]["wrong_map_entries"],
+                    len(run["segments_left"]),
+                ]
+            )
+    head = ["mode", "failed requests", "longest step over local median near kill, ms", "near restart", "near fault"]
+    more = ["in all", "plans before the kill", "plans of the new daemon", "of them dropped", "exit of `status`"]
+    return _table([*head, *more, "wrong slots and map entries", "segments left"], rows)
+
+
+def _running_median(values: Array) -> Array:
+    half = LOCAL_STEPS // 2
+    padded = np.pad(values, half, mode="edge")
+    return np.asarray(np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1))
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """Median and range over the runs."""
+    if not values:
+        return "-"
+    middle = f"{median(values):,.{digits}f}"
+    low, high = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
