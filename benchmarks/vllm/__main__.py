@@ -4,7 +4,7 @@
     python -m benchmarks.vllm OUT --trace qwen3_30b_mgsm_8lang.npz prefill:static prefill:ours
     python -m benchmarks.vllm OUT --report
 
-Needs two GPUs, vLLM 0.26, and eplb_async installed beside it. Each case writes OUT/SCENARIO-MODE-REPEAT.json and a log beside it.
+Needs two GPUs, vLLM 0.26, and eplb_async installed beside it. Each run of a case writes OUT/SCENARIO-MODE-NUMBER.json and a log beside it.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def main() -> int:
         for repeat in range(given.repeats):
             for text, *_ in cases:
                 if time.monotonic() - begun > given.total:
-                    print(f"{text}, repeat {repeat}: left out, no time", flush=True)
+                    print(f"{text}, round {repeat + 1}: left out, no time", flush=True)
                     continue
-                failed += not _run_forked(text, repeat, given)
+                failed += not _run_forked(text, given)
     print(report(given.out))
     return int(failed > 0)
 
@@ -91,9 +91,11 @@ def _import_all() -> None:
     print(f"imports: {time.monotonic() - start:.1f} s", flush=True)
 
 
-def _run_forked(text: str, repeat: int, given: argparse.Namespace) -> bool:
+def _run_forked(text: str, given: argparse.Namespace) -> bool:
     """One case in a child that has a session of its own, so that nothing of it outlives it."""
-    name = f"{text.replace(':', '-').replace('=', '')}-{repeat}"
+    stem = text.replace(":", "-").replace("=", "")
+    number = sum("daemon" not in path.name for path in given.out.glob(f"{stem}-[0-9]*.log"))
+    name = f"{stem}-{number}"
     start = time.monotonic()
     child = os.fork()
     if child == 0:

@@ -115,14 +115,25 @@ SCENARIOS: dict[str, Scenario] = {
         events=(("kill", 0.15), ("status", 0.25), ("serve", 0.3), ("fault", 0.75)),
         ours=_ours("default", pull_bytes_per_step=128 << 20, staging_rows=144),
     ),
-    # traffic that balance pays for: steps of prompts, skew of a real trace
+    # traffic that balance pays for: steps of prompts, skew of a real trace; the plugin's daemon with its own thresholds
     "prefill": Scenario(
         kind="prefill",
-        batch=8,
+        batch=16,
         prompt=1024,
-        steps=440,
-        changes=(0.5,),
-        ours=_ours("frontier", daemon={"min_gain": 0.005, "num_windows": 4, "window_steps": 5, "interval_steps": 20}),
+        steps=320,
+        changes=(0.3,),
+        ours=json.dumps(
+            {
+                "daemon": {
+                    "policy": "frontier",
+                    "window_steps": 5,
+                    "num_windows": 4,
+                    "interval_steps": 20,
+                    "discovery_interval_s": 0.1,
+                },
+                "hook": {},
+            }
+        ),
         record_loads=True,
     ),
     # one expert per token: then sums do not depend on where an expert lies, and tokens must be equal
@@ -209,7 +220,7 @@ def engine_arguments(scenario: Scenario, mode: str, folder: Path) -> dict[str, A
         "enable_expert_parallel": True,
         "max_model_len": longest,
         "max_num_seqs": scenario.batch if decodes else 64,
-        "max_num_batched_tokens": 8192,
+        "max_num_batched_tokens": 8192 if decodes else scenario.batch * scenario.prompt,
         "gpu_memory_utilization": 0.6,
         "kv_cache_memory_bytes": 16 << 30,
         "enable_prefix_caching": False,

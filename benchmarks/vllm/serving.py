@@ -33,7 +33,7 @@ from eplb_async.shm.segment import list_segments
 __all__ = ["run_case"]
 
 VOCABULARY = 32_000
-SETTLE_STEPS = {"decode": 200, "prefill": 60}
+SETTLE_STEPS = {"decode": 200, "prefill": 30}
 """Steps before the measured ones; the daemon meets the group in them."""
 READY_S = 60.0
 WAITING = 16
