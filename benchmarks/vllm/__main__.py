@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a case is killed")
     parser.add_argument("--total", type=float, default=3600.0, help="seconds after which no case is begun")
     parser.add_argument("--report", action="store_true", help="only print the tables of what lies in OUT")
+    parser.add_argument("--plot", type=Path, help="draw PAR and throughput of prefill into this file")
     given = parser.parse_intermixed_args()
     given.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -69,6 +70,10 @@ def main() -> int:
                     continue
                 failed += not _run_forked(text, given)
     print(report(given.out))
+    if given.plot is not None:
+        from benchmarks.vllm.plots import plot_prefill
+
+        plot_prefill(given.out, given.plot)
     return int(failed > 0)
 
 

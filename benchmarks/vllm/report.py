@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["report", "step_times"]
+__all__ = ["Steps", "par_series", "rebalances", "report", "runs_in", "steps_of"]
 
 AROUND_CHANGE_S = 0.02
 """A change of the router stops the engine: steps so close to one are left out."""
@@ -25,30 +26,55 @@ Run = Mapping[str, Any]
 
 def report(folder: Path) -> str:
     """Markdown of all results in a folder; sections without results are left out."""
-    runs: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("*-*-*.json")):
-        scenario, *mode, _ = path.stem.split("-")
-        runs[scenario]["-".join(mode)].append(json.loads(path.read_text()))
+    runs = runs_in(folder)
     sections = {"decode": _decode, "prefill": _prefill, "outputs": _outputs, "faults": _faults}
     return "\n\n".join(f"## {name}\n\n{make(runs[name])}" for name, make in sections.items() if name in runs)
 
 
-def step_times(run: Run, begin: str = "begin", end: str = "end") -> tuple[Array, Array, Array]:
-    """When each step began, how many ms until the next began, and device ms from the end of its forward to the next one's.
+def runs_in(folder: Path) -> Mapping[str, Mapping[str, list[Run]]]:
+    """What the cases wrote: by scenario and mode."""
+    runs: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*-*-*.json")):
+        scenario, *mode, _ = path.stem.split("-")
+        runs[scenario]["-".join(mode)].append(json.loads(path.read_text()))
+    return runs
 
-    Of both ranks, in the order of time, between two marks, without those around changes of the router.
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Steps of both ranks in the order of time, between two marks, without those around changes of the router.
+
+    Attributes:
+        starts: when each began.
+        ms: until the next began.
+        device_ms: device time from the end of its forward to the end of the next one's.
+        with_plan: a plan, or a rebalance of vLLM's, was under way.
     """
+
+    starts: Array
+    ms: Array
+    device_ms: Array
+    with_plan: NDArray[np.bool_]
+
+
+def steps_of(run: Run, begin: str = "begin", end: str = "end") -> Steps:
+    """See Steps."""
     parts = []
     for worker in run["workers"]:
         began, device = np.array(worker["begin"]), np.array(worker["device_ms"])
-        took = 1e3 * np.diff(began)
+        took, busy = 1e3 * np.diff(began), np.zeros(len(began))
+        for when, _, held, *_ in worker["eplb"]:
+            index = int(np.searchsorted(began, when)) - 1
+            busy[index] = max(busy[index], held)
         inside = (began[:-1] >= run["marks"][begin]) & (began[1:] <= run["marks"][end])
         for before, after in run["changes"]:
             inside &= (began[1:] < before - AROUND_CHANGE_S) | (began[:-1] > after + AROUND_CHANGE_S)
         number = min(len(took), len(device))
-        parts.append(np.stack([began[:number], took[:number], device[:number]])[:, inside[:number]])
-    starts, times, device_times = np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate([p[0] for p in parts]))]
-    return starts, times, device_times
+        part = np.stack([began[:number], took[:number], device[:number], busy[:number]])
+        parts.append(part[:, inside[:number]])
+    joined = np.concatenate(parts, axis=1)
+    starts, ms, device_ms, with_plan = joined[:, np.argsort(joined[0], kind="stable")]
+    return Steps(starts=starts, ms=ms, device_ms=device_ms, with_plan=with_plan > 0)
 
 
 def rebalances(run: Run) -> list[tuple[int, int]]:
@@ -65,33 +91,62 @@ def rebalances(run: Run) -> list[tuple[int, int]]:
 
 
 def _decode(modes: Mapping[str, list[Run]]) -> str:
-    rows = []
+    rows, paired = [], []
     for mode, runs in modes.items():
-        values: dict[str, list[float]] = defaultdict(list)
-        for run in runs:
-            _, times, device = step_times(run)
-            local = device - _running_median(device)
-            values["device_p50"].append(float(np.median(device)))
-            values["device_p99"].append(float(np.percentile(device, 99)))
-            values["p50"].append(float(np.median(times)))
-            values["p99"].append(float(np.percentile(times, 99)))
-            values["max"].append(float(times.max()))
-            values["tokens"].append(1e3 * run["scenario"]["batch"] / float(times.mean()))
-            values["long"].append(100 * float((local > LONG_MS).mean()))
-            values["worst"].append(float(local.max()))
-            if run["workers"][0]["eplb"]:
-                held = [1e6 * took for worker in run["workers"] for _, took, *_ in worker["eplb"]]
-                values["held"].append(float(np.median(held)))
-            found = rebalances(run)
-            values["plans"].append(len(found))
-            whole = [steps for steps, entries in found if not entries or entries >= run["scenario"]["layers"]]
-            if whole:
-                values["whole"].append(float(np.median(whole)))
-                values["whole_max"].append(max(whole))
-            if "check" in run:
-                values["wrong"].append(run["check"]["wrong_slots"] + run["check"]["wrong_map_entries"])
-        rows.append([mode, len(runs), *(_spread(values[key], digits) for key, digits in _DECODE_COLUMNS.values())])
-    return _table(["mode", "runs", *_DECODE_COLUMNS], rows)
+        columns = [_decode_values(run) for run in runs]
+        rows.append([mode, len(runs), *_cells(columns, _DECODE_COLUMNS)])
+        if any(steps_of(run).with_plan.any() for run in runs):
+            paired.append([mode, len(runs), *_cells([_paired_values(run) for run in runs], _PAIRED_COLUMNS)])
+    both = _table(["mode", "runs", *_DECODE_COLUMNS], rows)
+    within = _table(["mode", "runs", *_PAIRED_COLUMNS], paired)
+    return f"{both}\n\nWithin a run, steps with a plan under way against those without:\n\n{within}"
+
+
+def _decode_values(run: Run) -> dict[str, float]:
+    steps = steps_of(run)
+    p50 = float(np.median(steps.device_ms))
+    values = {
+        "p50": float(np.median(steps.ms)),
+        "p99": float(np.percentile(steps.ms, 99)),
+        "max": float(steps.ms.max()),
+        "tokens": 1e3 * run["scenario"]["batch"] / float(steps.ms.mean()),
+        "device_p50": p50,
+        "device_p99": float(np.percentile(steps.device_ms, 99)),
+        "long": 100 * float((steps.device_ms > p50 + LONG_MS).mean()),
+    }
+    if run["workers"][0]["eplb"]:
+        held = [1e6 * took for worker in run["workers"] for _, took, *_ in worker["eplb"]]
+        values["held"] = float(np.median(held))
+    if found := rebalances(run):
+        values["plans"] = len(found)
+        whole = [steps for steps, entries in found if not entries or entries >= run["scenario"]["layers"]]
+        if whole:
+            values["whole"], values["whole_max"] = float(np.median(whole)), max(whole)
+    if "check" in run:
+        values["wrong"] = run["check"]["wrong_slots"] + run["check"]["wrong_map_entries"]
+    return values
+
+
+def _paired_values(run: Run) -> dict[str, float]:
+    steps = steps_of(run)
+    device, plan = steps.device_ms, steps.with_plan
+    if not plan.any() or plan.all():
+        return {"share": 100 * float(plan.mean())}
+    p50, without = float(np.median(device)), device[~plan]
+    return {
+        "share": 100 * float(plan.mean()),
+        "mean_without": float(without.mean()),
+        "mean_with": float(device[plan].mean()),
+        "p99_without": float(np.percentile(without, 99)),
+        "p99_with": float(np.percentile(device[plan], 99)),
+        "long_without": 100 * float((without > p50 + LONG_MS).mean()),
+        "long_with": 100 * float((device[plan] > p50 + LONG_MS).mean()),
+        "throughput": 100 * float(without.mean() / device.mean()),
+    }
+
+
+def _cells(values: Sequence[Mapping[str, float]], columns: Mapping[str, tuple[str, int]]) -> list[str]:
+    return [_spread([value[key] for value in values if key in value], digits) for key, digits in columns.values()]
 
 
 _DECODE_COLUMNS = {
@@ -101,13 +156,22 @@ _DECODE_COLUMNS = {
     "tok/s": ("tokens", 0),
     "device p50 ms": ("device_p50", 3),
     "device p99 ms": ("device_p99", 3),
-    "device: steps over the local median + 1 ms, %": ("long", 2),
-    "longest over it, ms": ("worst", 2),
+    "device: steps over p50 + 1 ms, %": ("long", 1),
     "host time in EPLB, p50 us": ("held", 0),
     "rebalances": ("plans", 0),
     "steps of a rebalance, p50": ("whole", 0),
     "steps of a rebalance, max": ("whole_max", 0),
     "wrong slots and map entries": ("wrong", 0),
+}
+_PAIRED_COLUMNS = {
+    "steps with a plan, %": ("share", 0),
+    "mean ms without": ("mean_without", 3),
+    "with": ("mean_with", 3),
+    "p99 ms without": ("p99_without", 2),
+    "with ": ("p99_with", 2),
+    "over p50 + 1 ms, % of those without": ("long_without", 1),
+    "of those with": ("long_with", 1),
+    "throughput, % of that without plans": ("throughput", 2),
 }
 
 
@@ -116,7 +180,7 @@ def _prefill(modes: Mapping[str, list[Run]]) -> str:
     for mode, runs in modes.items():
         values: dict[str, list[float]] = defaultdict(list)
         for run in runs:
-            starts, times, _ = step_times(run)
+            steps = steps_of(run)
             change, begin, end = run["marks"]["change_0"], run["marks"]["begin"], run["marks"]["end"]
             spans = {
                 "before": (begin + 0.5 * (change - begin), change),
@@ -124,12 +188,10 @@ def _prefill(modes: Mapping[str, list[Run]]) -> str:
                 "after": (change + 0.5 * (end - change), end),
             }
             for name, (first, last) in spans.items():
-                inside = (starts >= first) & (starts < last)
-                if not inside.any():
-                    continue
+                inside = (steps.starts >= first) & (steps.starts < last)
                 values[f"tokens_{name}"].append(_tokens_per_s(run, first, last))
-                values[f"p50_{name}"].append(float(np.median(times[inside])))
-                values[f"max_{name}"].append(float(times[inside].max()))
+                values[f"p99_{name}"].append(float(np.percentile(steps.ms[inside], 99)))
+                values[f"max_{name}"].append(float(steps.ms[inside].max()))
             for name, par in _pars(run, spans):
                 values[name].append(par)
             restored = _restored_s(run, change)
@@ -151,7 +213,7 @@ _PREFILL_COLUMNS = {
     "tok/s from the change on": ("tokens_change", 0),
     "tok/s at the end": ("tokens_after", 0),
     "PAR at the end": ("par_after", 3),
-    "p50 ms at the end": ("p50_after", 2),
+    "p99 ms from the change on": ("p99_change", 1),
     "max ms from the change on": ("max_change", 1),
     "seconds until balance is back": ("restored", 2),
     "plans": ("plans", 0),
@@ -168,14 +230,15 @@ def _tokens_per_s(run: Run, first: float, last: float) -> float:
 
 
 def _pars(run: Run, spans: Mapping[str, tuple[float, float]]) -> Iterator[tuple[str, float]]:
-    when, par = _par_series(run)
+    when, par = par_series(run)
     for name, (first, last) in spans.items():
         inside = (when >= first) & (when < last)
         if inside.any():
             yield f"par_{name}", float(par[inside].mean())
 
 
-def _par_series(run: Run) -> tuple[Array, Array]:
+def par_series(run: Run) -> tuple[Array, Array]:
+    """When steps began whose loads were kept, and their PAR, mean over layers."""
     worker = run["workers"][0]
     known = [(entry[0], par) for entry, par in zip(worker["eplb"], worker["par"], strict=False) if par is not None]
     when, par = zip(*known, strict=True) if known else ((), ())
@@ -184,7 +247,7 @@ def _par_series(run: Run) -> tuple[Array, Array]:
 
 def _restored_s(run: Run, change: float) -> float | None:
     """From the change of traffic until nine tenths of what balancing brings back are back, of the PAR's running mean."""
-    when, par = _par_series(run)
+    when, par = par_series(run)
     after = when > change
     when, par = when[after], par[after]
     if len(par) < 4 * SMOOTH_STEPS:
@@ -229,19 +292,19 @@ def _faults(modes: Mapping[str, list[Run]]) -> str:
     rows = []
     for mode, runs in modes.items():
         for run in runs:
-            starts, _, device = step_times(run)
-            local, marks = device - _running_median(device), run["marks"]
+            steps, marks = steps_of(run), run["marks"]
+            local = steps.device_ms - _running_median(steps.device_ms)
             about = [marks[name] for name in ("kill_0", "serve_0", "fault_0")]
-            near = [float(local[(starts > mark - 0.05) & (starts < mark + 1.0)].max()) for mark in about]
-            before = run["decisions_of_the_killed"]
+            near = [_longest(local, steps.starts, mark - 0.05, mark + 1.0) for mark in about]
+            calm = [_longest(local, steps.starts, mark - 1.05, mark - 0.05) for mark in about]
+            killed = run["decisions_of_the_killed"]
             drops = [decision for decision in run["decisions"] if decision["outcome"] == "dropped"]
             rows.append(
                 [
                     mode,
                     run["unfinished"],
-                    *(f"{value:.2f}" for value in near),
-                    f"{float(local.max()):.2f}",
-                    sum(decision["outcome"] == "finished" for decision in before),
+                    *(f"{value:.1f} ({before:.1f})" for value, before in zip(near, calm, strict=True)),
+                    sum(decision["outcome"] == "finished" for decision in killed),
                     sum(decision["outcome"] == "finished" for decision in run["decisions"]),
                     len(drops),
                     run["status_exit"],
@@ -249,9 +312,14 @@ def _faults(modes: Mapping[str, list[Run]]) -> str:
                     len(run["segments_left"]),
                 ]
             )
-    head = ["mode", "failed requests", "longest step over local median near kill, ms", "near restart", "near fault"]
-    more = ["in all", "plans before the kill", "plans of the new daemon", "of them dropped", "exit of `status`"]
+    head = ["mode", "failed requests", "longest step over the local median in 1 s from the kill (before it), ms"]
+    head += ["from the restart", "from the fault"]
+    more = ["plans before the kill", "plans of the new daemon", "of them dropped", "exit of `status`"]
     return _table([*head, *more, "wrong slots and map entries", "segments left"], rows)
+
+
+def _longest(local: Array, starts: Array, first: float, last: float) -> float:
+    return float(local[(starts > first) & (starts < last)].max())
 
 
 def _running_median(values: Array) -> Array:

@@ -30,7 +30,7 @@ from eplb_async.core.errors import EplbError
 from eplb_async.runtime.client import ControlClient
 from eplb_async.shm.segment import list_segments
 
-__all__ = ["run_case"]
+__all__ = ["run_case", "slots_checked"]
 
 VOCABULARY = 32_000
 SETTLE_STEPS = {"decode": 200, "prefill": 30}
@@ -100,7 +100,7 @@ class _Run:
         yield
         self.seen["workers"] = self.rpc("bench_fetch")
         if sums is not None and maps is not None:
-            self.seen["check"] = _check(sums, maps, self.rpc("bench_sums"), self.rpc("bench_maps"))
+            self.seen["check"] = slots_checked(sums, maps, self.rpc("bench_sums"), self.rpc("bench_maps"))
         if chosen.ours:
             self._ask_daemon()
         self._stop()
@@ -276,7 +276,7 @@ class _Run:
         return finished
 
 
-def _check(sums: list[Any], maps: list[Any], sums_after: list[Any], maps_after: list[Any]) -> dict[str, int]:
+def slots_checked(sums: list[Any], maps: list[Any], sums_after: list[Any], maps_after: list[Any]) -> dict[str, int]:
     """Slots whose bytes are not those of the expert that the map names, and whether ranks' maps differ.
 
     Args:

@@ -36,6 +36,7 @@ __all__ = [
     "Ranks",
     "TorchRanks",
     "agree",
+    "as_expected",
     "engine_settings",
     "host_identity",
     "spec_of",
@@ -205,6 +206,23 @@ def _attempt(act: Callable[[], T]) -> tuple[T | None, str]:
         return act(), ""
     except EplbError as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+def as_expected(engine: str, look: Callable[[], T]) -> T:
+    """What a look at an engine's objects gives.
+
+    Raises:
+        EngineDeclined: something is not there, or is not what it was when this was written. A rank that raised anything else
+            here would leave the others waiting for it.
+    """
+    try:
+        return look()
+    except EplbError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise EngineDeclined(
+            [f"what {engine} has is not what was expected: {type(error).__name__}: {error}"]
+        ) from error
 
 
 def agree(ranks: Ranks, problem: str, value: T) -> list[T]:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eplb_async.core.errors import EngineDeclined, EplbError
+from eplb_async.core.errors import EngineDeclined
 from eplb_async.core.load import LoadKind
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
-from eplb_async.integrations.engine_group import Offer, TorchRanks, spec_of
+from eplb_async.integrations.engine_group import Offer, TorchRanks, as_expected, spec_of
 from eplb_async.rank.weights import LayerTensors, named_tensors
 
 __all__ = ["Counts", "SglangModel", "engine_ranks", "expert_weights", "refusals"]
@@ -105,15 +105,7 @@ class SglangModel:
         Raises:
             EngineDeclined: something is not there, or is not what it was when this was written.
         """
-        try:
-            return cls._read(model, model_config)
-        except EplbError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-            # a rank that raised anything else here would leave the others waiting for it
-            raise EngineDeclined(
-                [f"what SGLang has is not what was expected: {type(error).__name__}: {error}"]
-            ) from error
+        return as_expected("SGLang", lambda: cls._read(model, model_config))
 
     @classmethod
     def _read(cls, model: Any, model_config: Any) -> "SglangModel":

@@ -19,7 +19,7 @@ import torch
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import EngineDeclined, EplbError
 from eplb_async.core.load import Phase
-from eplb_async.integrations.engine_group import EngineGroup, Offer, TorchRanks, engine_settings, spec_of
+from eplb_async.integrations.engine_group import EngineGroup, Offer, TorchRanks, as_expected, engine_settings, spec_of
 from eplb_async.integrations.vllm_surface import VLLM
 
 __all__ = ["VllmBalancer", "state_class"]
@@ -136,7 +136,9 @@ class VllmBalancer:
         model_state, ep_group = next(reversed(state.model_states.values())), get_ep_group()
         ranks = TorchRanks(ep_group.cpu_group)
         part = f"{len(self._groups) + 1}" if self._groups else ""
-        group = EngineGroup.join(ranks, lambda: _offer(model_state, ranks.size, part), self._settings)
+        group = EngineGroup.join(
+            ranks, lambda: as_expected("vLLM", lambda: _offer(model_state, ranks.size, part)), self._settings
+        )
         self._groups.append(group)
         _use_tensors(model_state, group)
         state.is_async = False  # vLLM starts its own worker where this is true

@@ -19,7 +19,7 @@ VLLM = Engine(
     releases=("0.26", "0.33"),
     release_of=lambda version: ".".join(version.split(".")[:2]),
 )
-"""Both were compared with their wheels, and their EplbState was run with the hook in it on a CPU; not on GPUs yet."""
+"""Both were compared with their wheels, and their EplbState was run with the hook in it on a CPU; 0.26 also as a whole, on GPUs."""
 
 STATE = "vllm/distributed/eplb/eplb_state.py"
 V1, V2 = "vllm/v1/worker/gpu_model_runner.py", "vllm/v1/worker/gpu/eplb_utils.py"

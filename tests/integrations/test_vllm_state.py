@@ -276,6 +276,15 @@ def test_a_model_that_cannot_be_taken_stays_with_vllm(group: str, runtime_dir: P
         engine.each(vllm_rank.stop)
 
 
+def test_a_model_that_lacks_what_is_read_stays_with_vllm(group: str, runtime_dir: Path) -> None:
+    """An attribute is not there on rank 1: both ranks decline instead of one dying and the other waiting for it."""
+    with Engine(group, runtime_dir) as engine:
+        engine.start(settings={"HOOK_ATTACH_DEADLINE_S": "1"})
+        engine.each(vllm_rank.add, "main", -1, 1)
+        expect_own(engine, "rank 1: EngineDeclined")
+        engine.each(vllm_rank.stop)
+
+
 def test_a_second_model_that_cannot_be_taken_gives_the_first_back(
     group: str, runtime_dir: Path, wheel: Path | None
 ) -> None:

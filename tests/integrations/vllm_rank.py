@@ -14,6 +14,7 @@ from tests.conftest import segments_left
 from tests.integrations.heard import Heard
 from tests.integrations.vllm_stand_in import (
     EXPERTS,
+    ChangedModel,
     StandInModel,
     install_modules,
     model_config,
@@ -43,10 +44,11 @@ def start(
     actor.random = torch.Generator().manual_seed(0)
 
 
-def add(actor: Any, name: str, broken_rank: int = -1) -> None:
+def add(actor: Any, name: str, broken_rank: int = -1, changed_rank: int = -1) -> None:
     """Load a model and add it, as vLLM does for the main model and for a draft."""
     rank, size = actor.options.rank, actor.options.spec.num_ranks
-    model = StandInModel(f"{actor.options.group}-{name}", rank, size, broken=rank == broken_rank)
+    kind = ChangedModel if rank == changed_rank else StandInModel
+    model = kind(f"{actor.options.group}-{name}", rank, size, broken=rank == broken_rank)
     actor.models.append(model)
     actor.state.add_model(model, model_config(name))
 

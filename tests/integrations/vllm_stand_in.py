@@ -17,7 +17,16 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.rank.transfer.shm import SharedWeights, share_weights
 from tests.integrations.wheels import execute
 
-__all__ = ["SPEC", "StandInModel", "StandInState", "install_modules", "model_config", "parallel_config", "placement"]
+__all__ = [
+    "SPEC",
+    "ChangedModel",
+    "StandInModel",
+    "StandInState",
+    "install_modules",
+    "model_config",
+    "parallel_config",
+    "placement",
+]
 
 EXPERTS, REDUNDANT, LAYERS, ROW = 8, 4, 3, 32
 SPEC = MoESpec(num_layers=LAYERS, num_experts=EXPERTS, num_redundant=REDUNDANT, num_ranks=2)
@@ -88,6 +97,15 @@ class StandInModel:
             dist.all_reduce(output)
             made.append(output)
         return made
+
+
+class ChangedModel(StandInModel):
+    """Of a release in which a field has another name."""
+
+    @property
+    def num_expert_groups(self) -> int:  # type: ignore[override]
+        """Gone."""
+        raise AttributeError("num_expert_groups")
 
 
 def placement() -> Any:
