@@ -41,7 +41,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     Fields:
         number: running number of the daemon's life; newer ones are greater.
         group, incarnation, generation: what it was for; generation of the plan that was or would have been published.
-        time_unix_s: when it was triggered.
+        time_unix_s, step: when it was triggered, and the step that all ranks had reached.
         trigger: why, for people.
         policy: name of the policy.
         outcome: what came of it.
@@ -63,6 +63,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     trigger: str
     policy: str
     outcome: Outcome
+    step: int = -1
     generation: int = 0
     why: str = ""
     par_live: float | None = None

@@ -118,7 +118,8 @@ class GroupSession:
 
     def configure(self, settings: DaemonSettings) -> None:
         """Take new settings."""
-        self._settings = self.decider.settings = settings
+        self._settings = settings
+        self.decider.configure(settings)
         self.collector.resize(settings.window_steps, settings.num_windows)
 
     async def close(self, why: str) -> None:
