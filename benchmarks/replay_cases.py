@@ -70,7 +70,7 @@ class Series:
 INTERVALS = {f"every {steps}": {"interval_steps": steps} for steps in (3000, 1000, 400)}
 """Points of a policy that has no budget: how often it plans."""
 EIGHT = {"window_steps": 100, "num_windows": 8}
-SWIFT = {
+SWIFT: Mapping[str, Tables] = {
     "caps 1": {"interval_steps": 400, "policy_options": {"most_swaps": 1}},
     "caps 3": {"interval_steps": 400, "policy_options": {"most_swaps": 3}},
     **INTERVALS,

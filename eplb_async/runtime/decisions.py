@@ -8,6 +8,8 @@ group. At most one decision is under way. No asyncio, no shared memory, no clock
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,14 +20,16 @@ from eplb_async.core.clock import Clock
 from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import Plan
+from eplb_async.core.score import par, rank_load
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
 from eplb_async.policies.dispatch import wants_weights
+from eplb_async.runtime.gain_life import GainLife, PastPlan
 from eplb_async.runtime.live_dispatch import LiveDispatch
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
 from eplb_async.runtime.trigger import TriggerState, decide
-from eplb_async.runtime.windows import LoadWindows
+from eplb_async.runtime.windows import LoadWindows, Window
 
 __all__ = ["Decisions", "GroupFacts", "LiveView", "PlanOutcome"]
 
@@ -111,12 +115,16 @@ class Decisions:
         self.facts, self.settings, self._clock = facts, settings, clock
         self._windows, self._live = seen
         self._history, self.next_number = record
-        self.par_live = 1.0
+        self.par_live = self._par_newest = 1.0
+        self._par_reached, self._since_step = math.inf, 0
         self._par = LivePar(facts.spec.topology, facts.spec.num_layers)
         self._step = self._decided_at = -1
         self._open: _Open | None = None
         self._measuring: tuple[int, int] | None = None
         self._policy_state: tuple[str, bytes] = ("", b"")
+        self._budget_bytes = float(settings.bytes_per_step * settings.budget_steps)
+        self.life = GainLife(lambda load, rows, share: par(rank_load(load, rows, facts.spec.topology, share)))
+        self._published: PastPlan | None = None
 
     @property
     def open_number(self) -> int | None:
@@ -125,13 +133,21 @@ class Decisions:
 
     def look(self, step: int, new_windows: int, placement_changed: bool) -> None:
         """What was seen of the group: the step all ranks have reached, windows completed, whether a plan has ended."""
+        kept = self.settings.bytes_per_step * self.settings.budget_steps
+        earned = self.settings.bytes_per_step * (step - self._step) if self._step >= 0 else 0
+        self._budget_bytes = min(self._budget_bytes + earned, kept)
         self._step = step
         if self._decided_at < 0:
             self._decided_at = step
         if new_windows or placement_changed:
             self.par_live = mean_with_load(self._live_par())
         if new_windows:
+            self._par_newest = mean_with_load(self._par_of(list(self._windows.kept)[-1:]))
+            if self._open is None and self._windows.first_step_of(self._windows.kept[-1][0]) >= self._since_step:
+                self._par_reached = min(self._par_reached, self._par_newest)
             self._measure()
+            for _, load_LE in list(self._windows.kept)[-new_windows:]:
+                self.life.window(load_LE)
 
     def due(self, requested: str = "", *, paused: bool = False) -> str | None:
         """Why to decide now; None if not, or while a decision is under way. `requested`: see TriggerState."""
@@ -146,6 +162,10 @@ class Decisions:
                 num_windows=len(self._windows.kept),
                 par_live=self.par_live,
                 par_threshold=self.settings.par_threshold,
+                min_gap_steps=self.settings.min_gap_steps,
+                par_newest=self._par_newest,
+                par_reached=self._par_reached,
+                par_drift=self.settings.par_drift,
             )
         )
 
@@ -213,6 +233,15 @@ class Decisions:
         """The plan that `judge` made of this proposal is on the board."""
         self._policy_state = (self.settings.policy, proposal.state)
         self._measuring = None
+        self._budget_bytes -= proposal.bytes_moved
+        layers, share_LP = sorted(set(proposal.layers)), self._live.dispatch.share_LP
+        self._published = PastPlan(
+            layers=layers,
+            predicted=sum(proposal.par_before_L[layer] - proposal.par_after_L[layer] for layer in layers),
+            before_NP=self._live.rows_LP[layers],
+            after_NP=self._live.rows_LP[layers],
+            before_share_NP=None if share_LP is None else share_LP[layers],
+        )
         if self._open is not None:
             self._history.change(self._open.number, outcome=Outcome.PUBLISHED, why=proposal.why)
 
@@ -220,8 +249,14 @@ class Decisions:
         """The plan has ended; windows that begin after `newest_step` tell what it brought."""
         if (opened := self._open) is None:
             return
+        self._since_step = newest_step + 1
         since_trigger = self._clock.monotonic_s() - opened.triggered_s
         fields: dict[str, Any] = {"why": ended.why} if ended.why else {}
+        if ended.finished and (plan := self._published) is not None:
+            share_LP = self._live.dispatch.share_LP
+            plan.after_NP = self._live.rows_LP[plan.layers]
+            plan.after_share_NP = None if share_LP is None else share_LP[plan.layers]
+            self.life.follow(plan)
         if ended.num_committed:
             self._measuring = (opened.number, newest_step)
             fields["publish_to_last_commit_s"] = ended.publish_to_end_s
@@ -238,6 +273,8 @@ class Decisions:
         opened, self._open = self._open, None
         if opened is None:
             return
+        # what a decision could not mend is no reason for the next
+        self._par_reached = math.inf
         decision = self._history.change(opened.number, **fields)
         if decision is not None:
             logger.info(
@@ -263,6 +300,10 @@ class Decisions:
             renew=live.dispatch.to_renew(wants_weights(settings.policy_options)),
             min_gain=settings.min_gain,
             capacity=facts.capacity,
+            budget_bytes=int(self._budget_bytes) if settings.bytes_per_step else None,
+            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0),
+            confidence=settings.confidence,
+            fitted_memory=settings.memory == "fitted",
         )
 
     def _measure(self) -> None:
@@ -272,14 +313,17 @@ class Decisions:
         number, after_step = self._measuring
         windows = [window for window in self._windows.kept if self._windows.first_step_of(window[0]) > after_step]
         if windows:
-            realised_L = self._par.of(windows, self._live.rows_LP, self._live.dispatch.share_LP)
+            realised_L = self._par_of(windows)
             mean = mean_with_load(realised_L)
             self._history.change(number, par_realised=mean, par_realised_L=_rounded(realised_L))
         if len(windows) >= REALISED_WINDOWS:
             self._measuring = None
 
     def _live_par(self) -> NDArray[np.float64]:
-        return self._par.of(self._windows.kept, self._live.rows_LP, self._live.dispatch.share_LP)
+        return self._par_of(self._windows.kept)
+
+    def _par_of(self, windows: Sequence[Window]) -> NDArray[np.float64]:
+        return self._par.of(windows, self._live.rows_LP, self._live.dispatch.share_LP)
 
 
 def _rounded(par_L: NDArray[np.float64]) -> tuple[float, ...]:

@@ -8,7 +8,11 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LoadWindows"]
+__all__ = ["LoadWindows", "Window"]
+
+
+Window = tuple[int, NDArray[np.int64]]
+"""Its index, and its load [L, E]."""
 
 
 class LoadWindows:
@@ -22,7 +26,7 @@ class LoadWindows:
     def __init__(self, shape_LE: tuple[int, int], steps: int, num_kept: int) -> None:
         """`num_kept`: windows kept."""
         self._shape_LE, self.steps = shape_LE, steps
-        self.kept: deque[tuple[int, NDArray[np.int64]]] = deque(maxlen=num_kept)
+        self.kept: deque[Window] = deque(maxlen=num_kept)
 
     def add(self, window: int, load_LE: NDArray[np.int64]) -> bool:
         """A window is complete; false, and it is left out, if it has no traffic."""
