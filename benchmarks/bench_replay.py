@@ -50,7 +50,7 @@ def measure_case(name: str, series: Sequence[Series], traces: Path, seed: int) -
         EplbError: the trace cannot be read.
     """
     case = CASES[name]
-    configurations = [(one.name, configuration) for one in series for configuration in one.configurations()]
+    configurations = [(one.name, configuration) for one in series for configuration in one.configurations(case)]
 
     def progress(done: int, total: int) -> None:
         if done % (total // 10) < 320:

@@ -9,7 +9,7 @@ from eplb_async.core.config import Settings, load_settings
 from eplb_async.runtime.offline import Shape
 from eplb_async.runtime.replay_presets import PRESETS
 
-__all__ = ["CASES", "CURVES", "ReplayCase", "Series", "chosen_series", "trace_path"]
+__all__ = ["CASES", "CURVES", "MIB", "ReplayCase", "Series", "chosen_series", "trace_path"]
 
 Tables = Mapping[str, Any]
 
@@ -23,6 +23,7 @@ class ReplayCase:
         shape: slots, ranks.
         slot_bytes: of one expert in one layer.
         steps_per_window, tokens_per_step: see Stretch.
+        vllm_bytes_per_step: that vLLM's schedule moves with seed 0, about.
     """
 
     trace: str
@@ -30,7 +31,10 @@ class ReplayCase:
     slot_bytes: int
     steps_per_window: int
     tokens_per_step: int = 0
+    vllm_bytes_per_step: float = 0.0
 
+
+MIB = 1 << 20
 
 CASES = {
     # 4096 tokens a step, top-8; 3 x 6144 x 2048 weights of 8 bits; a domain lasts 8 x 600 steps
@@ -40,6 +44,7 @@ CASES = {
         slot_bytes=3 * 6144 * 2048,
         steps_per_window=600,
         tokens_per_step=8 * 4096,
+        vllm_bytes_per_step=222.6 * MIB,
     ),
     # each recorded decode step of 292 to 703 tokens is drawn 60 times; 3 x 2880 x 2880 weights of 4.25 bits
     "gptoss20b": ReplayCase(
@@ -47,6 +52,7 @@ CASES = {
         shape=Shape(num_slots=40, num_ranks=8),
         slot_bytes=3 * 2880 * 2880 * 17 // 32,
         steps_per_window=60,
+        vllm_bytes_per_step=2.82 * MIB,
     ),
 }
 
@@ -59,36 +65,41 @@ class Series:
     daemon: Tables
     points: Mapping[str, Tables]
 
-    def configurations(self) -> list[tuple[str, Settings]]:
+    def configurations(self, case: ReplayCase) -> list[tuple[str, Settings]]:
         """Name and settings of each point."""
-        return [
-            (f"{self.name} {label}".strip(), load_settings(environ={}, overrides={"daemon": {**self.daemon, **point}}))
-            for label, point in self.points.items()
-        ]
+        found = []
+        for label, point in self.points.items():
+            daemon = {**self.daemon, **point}
+            if share := daemon.pop(SHARE, None):
+                daemon["bytes_per_step"] = int(share * case.vllm_bytes_per_step)
+            name = f"{self.name} {label}".strip()
+            found.append((name, load_settings(environ={}, overrides={"daemon": daemon})))
+        return found
 
 
-INTERVALS = {f"every {steps}": {"interval_steps": steps} for steps in (3000, 1000, 400)}
+SHARE = "share of vllm"
+"""Of a point: its budget, as a share of what vLLM's schedule moves."""
+INTERVALS = {f"every {steps}": {"interval_steps": steps} for steps in (1000, 300)}
 """Points of a policy that has no budget: how often it plans."""
 EIGHT = {"window_steps": 100, "num_windows": 8}
-SWIFT: Mapping[str, Tables] = {
-    "caps 1": {"interval_steps": 400, "policy_options": {"most_swaps": 1}},
-    "caps 3": {"interval_steps": 400, "policy_options": {"most_swaps": 3}},
-    **INTERVALS,
-}
-
+OFTEN = {f"every {steps}": {"interval_steps": steps} for steps in (1000, 100)}
 CURVES = (
     Series(name="vllm", daemon=PRESETS["vllm"], points={"": {}}),
     Series(name="still", daemon=PRESETS["still"], points={"": {}}),
     Series(name="default", daemon={"policy": "default", **EIGHT}, points=INTERVALS),
-    Series(name="swift_balancer", daemon={"policy": "swift_balancer", **EIGHT}, points=SWIFT),
+    Series(name="swift_balancer", daemon={"policy": "swift_balancer", **EIGHT}, points=OFTEN),
     Series(name="flashlb", daemon={"policy": "flashlb", **EIGHT}, points=INTERVALS),
     Series(
         name="frontier",
         daemon={"policy": "frontier", **EIGHT},
+        points={**OFTEN, "most_moved 0.005": {"interval_steps": 100, "policy_options": {"most_moved": 0.005}}},
+    ),
+    Series(
+        name="ours",
+        daemon=PRESETS["ours"],
         points={
-            **INTERVALS,
-            "most_moved 0.02": {"interval_steps": 400, "policy_options": {"most_moved": 0.02}},
-            "most_moved 0.005": {"interval_steps": 400, "policy_options": {"most_moved": 0.005}},
+            **{f"cost {cost}": {"move_cost": cost} for cost in (300, 1000, 2000, 4000)},
+            "within a fifth": {"move_cost": 500, SHARE: 0.2},
         },
     ),
 )

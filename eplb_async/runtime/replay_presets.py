@@ -19,14 +19,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "par_threshold": 1.0,
         "min_gain": 0.0,
     },
-    "ours": {},
+    # chosen by replay (docs/log.md)
+    "ours": {
+        "policy": "frontier",
+        "policy_options": {"price": 0.0},
+        "window_steps": 50,
+        "num_windows": 16,
+        "interval_steps": 100,
+        "par_drift": 0.05,
+        "min_gap_steps": 50,
+        "move_cost": 1000.0,
+        "confidence": 1.0,
+        "memory": "fitted",
+    },
     "still": {"par_threshold": 1e9},
 }
-"""Settings of the table `daemon` by name: vLLM's schedule, our defaults, and a daemon that never moves anything."""
+"""Settings of the table `daemon` by name: vLLM's schedule, what we recommend, and a daemon that never moves anything."""
 
 
 def configurations(files: Sequence[Path], presets: Sequence[str]) -> list[tuple[str, Settings]]:
-    """Name and settings of each, presets first; without any, vLLM's schedule and our defaults. Variables EPLB_ASYNC_* are not read.
+    """Name and settings of each, presets first; without any, vLLM's schedule and ours. Variables EPLB_ASYNC_* are not read.
 
     Raises:
         UnknownName: no such preset.
