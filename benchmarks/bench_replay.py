@@ -52,8 +52,11 @@ def measure_case(name: str, series: Sequence[Series], traces: Path, seed: int) -
     case = CASES[name]
     configurations = [(one.name, configuration) for one in series for configuration in one.configurations(case)]
 
+    tenths = [0]
+
     def progress(done: int, total: int) -> None:
-        if done % (total // 10) < 320:
+        if 10 * done // total > tenths[-1]:
+            tenths.append(10 * done // total)
             print(f"{name}: {done} of {total} steps", file=sys.stderr, flush=True)
 
     request = ReplayRequest(

@@ -108,8 +108,14 @@ def frontier(
     return found.placement(price), state
 
 
-def within(options: FrontierOptions, share: float, price: float) -> FrontierOptions:
-    """The options for at most this share of all slots, at no less than this price (see `base.Policy.within`)."""
+def within(options: FrontierOptions, share: float, price: float, num_windows: int) -> FrontierOptions:
+    """The options for at most this share of all slots, at no less than this price (see `base.Policy.within`).
+
+    Windows of equally hot experts make every gain look smaller than it is, few windows more than many; the price is made smaller by as much, so
+    that a plan that is not worth it does not become so just by waiting for more windows of the same traffic.
+    """
+    if num_windows > 1:
+        price *= num_windows / (num_windows + options.even_windows)
     return msgspec.structs.replace(
         options, most_moved=min(options.most_moved, share), price=max(options.price, min(price, 1e6))
     )

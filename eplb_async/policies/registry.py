@@ -149,7 +149,7 @@ def run_policy(
     policy = load_policy(name)
     if bounds is not None and policy.within is not None:
         common, _ = split_options(options)
-        bounded = policy.within(decode_options(policy, options), *bounds)
+        bounded = policy.within(decode_options(policy, options), *bounds, len(windows_TLE))
         options = {**common, **msgspec.structs.asdict(bounded)}
     return run_loaded(policy, windows_TLE, slot_to_expert_LP, spec, options, state)
 

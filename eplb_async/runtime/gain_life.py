@@ -21,8 +21,9 @@ MOST_FOLLOWED = 8
 """Plans that are followed at once; where they come faster, some are not."""
 KEPT = 0.9
 """Weight of a plan relative to the one after it."""
-PRIOR_WINDOWS, PRIOR_PLANS = 10.0, 1.0
-"""Life before anything is known, and how many plans that counts as."""
+PRIOR_LEFT, PRIOR_PLANS = 1.0, 1.0
+"""What a window leaves of a gain before anything is known, and how many plans that counts as. All of it: experts that are hot in general are
+so for long, and that is what the first plan mends; and where traffic stays, life must not grow and make the next plan pay."""
 LEAST_LEFT, MOST_LEFT = 0.0, 0.97
 """Bounds of what a window leaves of a gain, for ages that were not seen: 0.97 is a life of 33 windows."""
 
@@ -47,7 +48,7 @@ class GainLife:
         """`par_of(load [n, E], rows [n, P], shares [n, P] or None)`: PAR per layer."""
         self._par_of = par_of
         self._followed: list[PastPlan] = []
-        prior = np.exp(-np.arange(1, AGES + 1) / PRIOR_WINDOWS)
+        prior = PRIOR_LEFT ** np.arange(1, AGES + 1)
         self._left_A, self._of_A = PRIOR_PLANS * prior, np.full(AGES, PRIOR_PLANS)
 
     def follow(self, plan: PastPlan) -> None:

@@ -12,6 +12,7 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Outcome
 from eplb_async.observability.replay_report import ReplayReport
 from eplb_async.runtime.replay import Replay, ReplayCosts, replay_all
+from eplb_async.runtime.replay_presets import PRESETS
 from eplb_async.runtime.replay_trace import Stretch, StretchedTrace
 
 __all__: list[str] = []
@@ -72,6 +73,55 @@ def test_a_plan_takes_effect_when_it_is_committed(options: dict[str, str]) -> No
     commits = sum(plan.num_committed for plan in report.decisions)
     assert report.stall_s == pytest.approx(70e-6 * commits)
     assert commits >= 3
+
+
+OURS: dict[str, Any] = {**PRESETS["ours"], "window_steps": 10, "num_windows": 8, "interval_steps": 20}
+LONG = Stretch(steps_per_window=1000, tokens_per_step=4000)
+
+
+def test_traffic_that_stays_moves_nothing_for_long() -> None:
+    """One window of shares, sampled for long: the preset makes some plans at once, and then sees that nothing pays, again and again."""
+    report = replayed(skewed(1), settings_of(**OURS), LONG)
+    assert 1 <= len(moved := [plan for plan in report.decisions if plan.bytes_moved]) <= 3
+    assert moved[-1].step < 300
+    assert report.decisions[-1].step > 950
+    assert report.num_decisions > 40
+    assert report.par_mean < 0.8 * report.par_initial
+
+
+def test_traffic_that_changes_is_followed_when_it_does() -> None:
+    """Another window of shares: a rise of PAR, not the schedule, brings the next plan, made from the new traffic."""
+    report = replayed(skewed(1, 2), settings_of(**{**OURS, "interval_steps": 800, "min_gap_steps": 10}), LONG)
+    changed = next(plan for plan in report.decisions if plan.step > 1000)
+    assert changed.trigger.startswith("PAR rose from ")
+    assert changed.step == 1010
+    before, after = ([par for step, par in report.series if first <= step < first + 120] for first in (1000, 1080))
+    assert np.mean(before) > 1.1 * np.mean(after)
+
+
+def test_a_budget_holds_at_every_step() -> None:
+    """No more bytes than earned so far and saved at the start; a tight budget moves less and balances worse."""
+    trace_TLE, budget = skewed(5, 8), 4
+    stretch = Stretch(steps_per_window=100, tokens_per_step=4000)
+    often = {**OURS, "interval_steps": 20, "move_cost": 0.0}
+    free = replayed(trace_TLE, settings_of(**often), stretch)
+    tight = replayed(trace_TLE, settings_of(**often, bytes_per_step=budget, budget_steps=50), stretch)
+    assert free.bytes_moved > 800 * budget
+    moved = 0
+    for plan in tight.decisions:
+        moved += plan.bytes_moved
+        assert moved <= budget * (50 + plan.step + 20)
+    assert 0 < tight.bytes_moved < free.bytes_moved
+    assert free.par_mean < tight.par_mean < tight.par_initial
+
+
+def test_moving_has_to_pay() -> None:
+    """A higher cost of moves moves less; an absurd one, nothing."""
+    trace_TLE = skewed(5, 8)
+    moved = [
+        replayed(trace_TLE, settings_of(**{**OURS, "move_cost": cost}), STRETCH).moves for cost in (0.0, 50.0, 1e9)
+    ]
+    assert moved[0] > moved[1] > moved[2] == 0
 
 
 def test_few_measured_steps_tell_the_same() -> None:
