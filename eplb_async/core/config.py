@@ -95,6 +95,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Settings of the daemon.
 
     Fields:
+        shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
         policy: name of the placement policy; `eplb-async serve --help` lists them.
         policy_options: its options, checked by the policy.
         window_steps: steps summed into one window of load.
@@ -123,6 +124,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         log_level: of the daemon's own log, on standard error.
     """
 
+    shadow: bool = False
     policy: str = "default"
     policy_options: dict[str, Any] = {}
     window_steps: int = 100

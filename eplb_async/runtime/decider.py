@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from eplb_async.core.clock import Clock
-from eplb_async.core.config import DaemonSettings
+from eplb_async.core.config import DaemonSettings, HookSettings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import generation_of
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
 from eplb_async.runtime.collector import Collector
 from eplb_async.runtime.decisions import Decisions, GroupFacts
+from eplb_async.runtime.messages import ShadowStatus
 from eplb_async.runtime.planner import PlanProposal, PlanRequest
 from eplb_async.runtime.pool import PolicyPool
 from eplb_async.runtime.publisher import PlanEnd, Publisher
+from eplb_async.runtime.shadow import Shadow
 from eplb_async.shm.board import PlanBoard
 from eplb_async.shm.words import AgreementWords, Word
 
@@ -33,6 +35,7 @@ class GroupParts:
     words: AgreementWords
     board: PlanBoard
     publisher: Publisher
+    hook: HookSettings
     collector: Collector
     pool: PolicyPool
     history: DecisionHistory
@@ -55,17 +58,7 @@ class Decider:
         """`first_number`: of the first decision; the daemon counts on over incarnations."""
         self._parts = parts
         self.paused = False
-        info = parts.words.info
-        facts = GroupFacts(
-            group=info.group,
-            incarnation=parts.words.incarnation,
-            spec=info.spec,
-            staging_rows=info.staging_rows,
-            slot_bytes=info.slot_bytes,
-            capacity=parts.board.capacity,
-        )
-        seen, record = (parts.collector.load, parts.publisher), (parts.history, first_number)
-        self._decisions = Decisions(facts, seen, settings, record, parts.clock)
+        self._begin_book(settings, first_number)
         self.wake = asyncio.Event()
         self._requests: list[_Request] = []
         self._planning: asyncio.Task[PlanProposal | EplbError] | None = None
@@ -93,7 +86,18 @@ class Decider:
 
     def configure(self, settings: DaemonSettings) -> None:
         """Take new settings."""
-        self._decisions.settings = settings
+        if settings.shadow == self._decisions.settings.shadow:
+            self._decisions.settings = settings
+            return
+        self._decisions.finish(
+            outcome=Outcome.UNKNOWN, why="shadow mode was switched " + ["off", "on"][settings.shadow]
+        )
+        self._answer()
+        self._begin_book(settings, self.next_number)
+
+    def shadow_status(self) -> ShadowStatus | None:
+        """What plans would have gained that were not applied; None where they are."""
+        return self._shadow.status() if self._shadow is not None else None
 
     async def rebalance(self, dry_run: bool) -> Decision:
         """Decide as soon as possible, whatever the trigger says; returns once the outcome is final."""
@@ -110,6 +114,11 @@ class Decider:
             ended: what came of the active plan, if it has just ended.
             new_windows: windows completed since the last look.
         """
+        if self._shadow is not None:
+            ended = self._shadow.observe(words)
+            self._shadow.count(
+                list(self._parts.collector.load.kept)[-new_windows:] if new_windows else (), self._parts.publisher
+            )
         if ended is not None:
             self._decisions.follow_end(ended, max(word.step for word in words))
         self._decisions.look(min(word.step for word in words), new_windows, ended is not None)
@@ -133,6 +142,22 @@ class Decider:
             request.answer.set_exception(EplbError(f"the group has ended: {why}"))
         self._requests.clear()
 
+    def _begin_book(self, settings: DaemonSettings, first_number: int) -> None:
+        """Decisions under the live placement, or under a shadow's that begins there."""
+        parts, info = self._parts, self._parts.words.info
+        facts = GroupFacts(
+            group=info.group,
+            incarnation=parts.words.incarnation,
+            spec=info.spec,
+            staging_rows=info.staging_rows,
+            slot_bytes=info.slot_bytes,
+            capacity=parts.board.capacity,
+        )
+        self._shadow = Shadow(facts, parts.publisher, parts.hook, parts.clock) if settings.shadow else None
+        self._target: Publisher | Shadow = self._shadow or parts.publisher
+        seen, record = (parts.collector.load, self._target), (parts.history, first_number)
+        self._decisions = Decisions(facts, seen, settings, record, parts.clock)
+
     def _maybe_start(self, words: Sequence[Word]) -> None:
         self._requests = [request for request in self._requests if not request.answer.done()]
         request = self._requests[0] if self._requests else None
@@ -141,11 +166,11 @@ class Decider:
         trigger = self._decisions.due(asked, paused=self.paused)
         if trigger is None or not self._parts.pool.ready:
             return
-        generation = self._parts.publisher.may_publish(words)
+        generation = self._target.may_publish(words)
         if generation is None:
             if request is None or not request.dry_run:
                 return  # as soon as the ranks are quiet
-            generation = generation_of(self._parts.publisher.committed)
+            generation = generation_of(self._target.committed)
         if request is not None:
             self._requests.remove(request)
         self._answering = self._decisions.next_number, request
@@ -172,10 +197,10 @@ class Decider:
         plan = self._decisions.judge(result, dry_run=request is not None and request.dry_run)
         if plan is None or isinstance(result, EplbError):
             return
-        if self._parts.publisher.may_publish(words) != plan.generation:
+        if self._target.may_publish(words) != plan.generation:
             self._decisions.finish(outcome=Outcome.FAILED, why="the ranks moved on while the policy ran")
             return
-        self._parts.publisher.publish(plan, words)
+        self._target.publish(plan, words)
         self._decisions.published(result)
 
     def _answer(self) -> None:

@@ -52,11 +52,19 @@ class GroupFacts:
 
 
 class LiveView(Protocol):
-    """The live placement: rows int32 [L, P], packed versions int64 [L], how slots share tokens. Another array is another placement."""
+    """The live placement. Another array is another placement."""
 
-    rows_LP: NDArray[np.int32]
-    version_L: NDArray[np.int64]
-    dispatch: LiveDispatch
+    @property
+    def rows_LP(self) -> NDArray[np.int32]:
+        """Rows, [L, P]."""
+
+    @property
+    def version_L(self) -> NDArray[np.int64]:
+        """Packed versions."""
+
+    @property
+    def dispatch(self) -> LiveDispatch:
+        """How slots share tokens."""
 
 
 class PlanOutcome(Protocol):
@@ -191,6 +199,7 @@ class Decisions:
                 step=self._step,
                 trigger=trigger,
                 policy=self.settings.policy,
+                shadow=self.settings.shadow,
                 outcome=Outcome.PLANNING,
                 par_live=mean_with_load(live_L),
                 par_live_L=_rounded(live_L),

@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.placement import initial_placement
-from eplb_async.core.plan import Plan, counter
-from eplb_async.core.score import even_share
+from eplb_async.core.plan import Plan
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import DecisionHistory, Outcome
 from eplb_async.observability.replay_report import ReplayReport
 from eplb_async.runtime.decisions import Decisions, GroupFacts
-from eplb_async.runtime.live_dispatch import LiveDispatch
+from eplb_async.runtime.modelled_live import ModelledLive
 from eplb_async.runtime.planner import PlanProposal, make_plan
 from eplb_async.runtime.replay_ranks import ReplayRanks
 from eplb_async.runtime.replay_trace import Spans, StretchedTrace
@@ -71,37 +70,6 @@ class _Clock:
         return self.now_us / 1e6
 
 
-class _Live:
-    """The live placement as all ranks have it, and the part of each expert's tokens that each rank gets, float64 [L, E, R]."""
-
-    def __init__(self, spec: MoESpec) -> None:
-        self._spec = spec
-        self.rows_LP = initial_placement(spec)
-        self.version_L = np.zeros(spec.num_layers, dtype=np.int64)
-        self.dispatch = LiveDispatch(spec, self.rows_LP, self.version_L, None)
-        self.part_LER = np.zeros((spec.num_layers, spec.num_experts, spec.num_ranks))
-        self._fill(range(spec.num_layers))
-
-    def commit(self, plan: Plan, position: int) -> None:
-        """The entry at that position is committed."""
-        entry = plan.entries[position - 1]
-        self.rows_LP, self.version_L = self.rows_LP.copy(), self.version_L.copy()
-        self.rows_LP[entry.layer] = entry.slot_to_expert_P
-        self.version_L[entry.layer] = counter(plan.generation, position)
-        self.dispatch.advance(self.rows_LP, self.version_L, plan)
-        self._fill([entry.layer])
-
-    def _fill(self, layers: Sequence[int]) -> None:
-        rank_P = np.arange(self._spec.num_slots) // self._spec.slots_per_rank
-        for layer in layers:
-            row_P, share_LP = self.rows_LP[layer], self.dispatch.share_LP
-            share_P = even_share(row_P[None], self._spec.num_experts)[0] if share_LP is None else share_LP[layer]
-            part_ER = self.part_LER[layer]
-            part_ER[:] = 0.0
-            held_P = row_P >= 0
-            np.add.at(part_ER, (row_P[held_P], rank_P[held_P]), share_P[held_P])
-
-
 @dataclass(frozen=True)
 class _PlanEnd:
     """See publisher.PlanEnd: here plans always finish."""
@@ -120,7 +88,7 @@ class Replay:
         """At the first step, with the initial placement and no windows. `slot_bytes`: of one expert in one layer."""
         hook, daemon = settings.hook, settings.daemon
         self._name, self._settings, self._spec, self._costs = name, settings, spec, costs
-        self._clock, self._live = _Clock(), _Live(spec)
+        self._clock, self._live = _Clock(), ModelledLive(spec, initial_placement(spec))
         staging_rows = hook.staging_rows or spec.slots_per_rank
         facts = GroupFacts(
             group=name,

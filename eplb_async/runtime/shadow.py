@@ -10,12 +10,14 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eplb_async.core.clock import Clock
 from eplb_async.core.config import HookSettings
 from eplb_async.core.placement import IntArray
 from eplb_async.core.plan import Plan, counter
 from eplb_async.runtime.decisions import GroupFacts, LiveView
+from eplb_async.runtime.live_dispatch import LiveDispatch
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.messages import ShadowStatus
 from eplb_async.runtime.modelled_live import ModelledLive
@@ -42,7 +44,7 @@ class Shadow:
         self._facts, self._clock = facts, clock
         self._live = ModelledLive(facts.spec, start.rows_LP.copy())
         self._ranks = ReplayRanks(facts.spec.num_ranks, facts.staging_rows, hook, BYTES_PER_US)
-        self._par = LivePar(facts.spec.topology, facts.spec.num_layers)
+        self._pars = [LivePar(facts.spec.topology, facts.spec.num_layers) for _ in range(2)]
         self._plan: Plan | None = None
         self._position, self._generation, self._step = 0, 1, -1
         self._published_s = self._looked_s = clock.monotonic_s()
@@ -55,14 +57,14 @@ class Shadow:
         return self._live.rows_LP
 
     @property
-    def version_L(self) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    def version_L(self) -> NDArray[np.int64]:
         """See LiveView."""
         return self._live.version_L
 
     @property
-    def dispatch(self) -> "LiveView":
+    def dispatch(self) -> LiveDispatch:
         """See LiveView."""
-        return self._live.dispatch  # type: ignore[return-value]
+        return self._live.dispatch
 
     @property
     def committed(self) -> int:
@@ -97,10 +99,10 @@ class Shadow:
     def count(self, windows: Sequence[Window], live: LiveView) -> None:
         """Windows are complete: what they are worth under the live placement and under the shadow's."""
         for window in windows:
-            pars = [
-                mean_with_load(self._par.of([window], view.rows_LP, view.dispatch.share_LP)) for view in (live, self._live)
+            self._sums += [
+                mean_with_load(known.of([window], view.rows_LP, view.dispatch.share_LP))
+                for known, view in zip(self._pars, (live, self._live), strict=True)
             ]
-            self._sums += pars
             self._num_windows += 1
 
     def status(self) -> ShadowStatus:
