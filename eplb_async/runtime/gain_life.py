@@ -21,9 +21,9 @@ MOST_FOLLOWED = 8
 """Plans that are followed at once; where they come faster, some are not."""
 KEPT = 0.9
 """Weight of a plan relative to the one after it."""
-PRIOR_LEFT, PRIOR_PLANS = 1.0, 1.0
-"""What a window leaves of a gain before anything is known, and how many plans that counts as. All of it: experts that are hot in general are
-so for long, and that is what the first plan mends; and where traffic stays, life must not grow and make the next plan pay."""
+PRIOR_LEFT, PRIOR_PLANS = 0.9, 1.0
+"""What a window leaves of a gain before anything is known, and how many plans that counts as: a life of 9 windows. Longer ones spend too much on
+the first windows, which may be odd (docs/log.md)."""
 LEAST_LEFT, MOST_LEFT = 0.0, 0.97
 """Bounds of what a window leaves of a gain, for ages that were not seen: 0.97 is a life of 33 windows."""
 

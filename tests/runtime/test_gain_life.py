@@ -46,7 +46,7 @@ def test_gains_that_stay_live_long_and_lost_ones_not_at_all() -> None:
 def test_nothing_known_yet() -> None:
     """Before the first plan there is a guess, which one plan moves but does not replace."""
     prior = GainLife(par_of).windows
-    assert 48 < prior < 49
+    assert 8 < prior < 10
     assert 0.1 * prior < life_after([0.0] * AGES, 1) < 0.6 * prior
     assert life_after([], 1) == prior
 

@@ -95,7 +95,7 @@ def test_traffic_that_changes_is_followed_when_it_does() -> None:
     changed = next(plan for plan in report.decisions if plan.step > 1000)
     assert changed.trigger.startswith("PAR rose from ")
     assert changed.step == 1010
-    before, after = ([par for step, par in report.series if first <= step < first + 120] for first in (1000, 1080))
+    before, after = ([par for step, par in report.series if first <= step < first + 20] for first in (1000, 1080))
     assert np.mean(before) > 1.1 * np.mean(after)
 
 
