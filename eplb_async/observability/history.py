@@ -41,9 +41,10 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     Fields:
         number: running number of the daemon's life; newer ones are greater.
         group, incarnation, generation: what it was for; generation of the plan that was or would have been published.
-        time_unix_s: when it was triggered.
+        time_unix_s, step: when it was triggered, and the step that all ranks had reached.
         trigger: why, for people.
         policy: name of the policy.
+        shadow: nothing was moved: what follows is what would have come of it.
         outcome: what came of it.
         why: the reason for an outcome without a plan, or the error's text.
         par_live, par_predicted, par_realised: mean PAR over the layers before, as planned, and measured after.
@@ -63,7 +64,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     trigger: str
     policy: str
     outcome: Outcome
+    step: int = -1
     generation: int = 0
+    shadow: bool = False
     why: str = ""
     par_live: float | None = None
     par_predicted: float | None = None

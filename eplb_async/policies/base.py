@@ -70,6 +70,9 @@ class Policy:
         prepare_options: reads what the options only name (a file), before each plan and outside the pure function;
             its result is what `function` gets as `options`. Raises ConfigError for a setting that cannot be used.
             None: `function` gets the options as they are.
+        within: the options with which a plan fills at most a share of all slots anew, and moves nothing that brings less than a
+            price: (options, share, PAR that filling all slots of a layer anew has to bring, windows given). None: the policy knows no bounds; its
+            plan is cut to them.
     """
 
     name: str
@@ -78,3 +81,4 @@ class Policy:
     summary: str
     warm_up: Callable[[], None] = no_warm_up
     prepare_options: Callable[[Any, MoESpec], object] | None = None
+    within: Callable[[Any, float, float, int], msgspec.Struct] | None = None

@@ -34,7 +34,7 @@ from eplb_async.policies.default import DefaultOptions, default, planning_nodes
 from eplb_async.policies.frontier_curve import Frontier, Journals
 from eplb_async.policies.windows import expected_peak, merged
 
-__all__ = ["POLICY", "FrontierOptions", "find_frontier", "frontier", "warm_up"]
+__all__ = ["POLICY", "FrontierOptions", "find_frontier", "frontier", "warm_up", "within"]
 
 IntArray = NDArray[np.int32]
 LongArray = NDArray[np.int64]
@@ -106,6 +106,19 @@ def frontier(
     found = find_frontier(windows_TLE, slot_to_expert_LP, topology, options)
     price = found.price_within(int(options.most_moved * slot_to_expert_LP.size), options.price)
     return found.placement(price), state
+
+
+def within(options: FrontierOptions, share: float, price: float, num_windows: int) -> FrontierOptions:
+    """The options for at most this share of all slots, at no less than this price (see `base.Policy.within`).
+
+    Windows of equally hot experts make every gain look smaller than it is, few windows more than many; the price is made smaller by as much, so
+    that a plan that is not worth it does not become so just by waiting for more windows of the same traffic.
+    """
+    if num_windows > 1:
+        price *= num_windows / (num_windows + options.even_windows)
+    return msgspec.structs.replace(
+        options, most_moved=min(options.most_moved, share), price=max(options.price, min(price, 1e6))
+    )
 
 
 def find_frontier(
@@ -315,4 +328,5 @@ POLICY = Policy(
     options_type=FrontierOptions,
     summary="ours: the best balance for the moves it takes, by local search over several windows",
     warm_up=warm_up,
+    within=within,
 )

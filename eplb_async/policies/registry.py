@@ -124,7 +124,8 @@ def run_policy(
     slot_to_expert_LP: NDArray[np.int32],
     spec: MoESpec,
     options: Mapping[str, object],
-    state: bytes = b"",
+    state: bytes = b"",  # size: bounds belong to a call, not to its settings
+    bounds: tuple[float, float] | None = None,
 ) -> tuple[NDArray[np.int32], bytes]:
     """Plan with a policy: check what goes in, run it on read-only copies, check what comes out.
 
@@ -135,6 +136,7 @@ def run_policy(
         spec: the model; the policy sees its topology.
         options: the policy's options as read from settings, and those of every policy.
         state: what its last run returned, b"" at first.
+        bounds: share of all slots and price that the plan should keep within; see `Policy.within`.
 
     Returns:
         The new placement, int32 [L, P], valid, its own memory; and the state for the next run.
@@ -144,7 +146,12 @@ def run_policy(
         SpecError, PlacementError: the windows or the live placement do not fit the spec.
         PolicyError: the policy raised, or returned something that is not a valid placement and bytes.
     """
-    return run_loaded(load_policy(name), windows_TLE, slot_to_expert_LP, spec, options, state)
+    policy = load_policy(name)
+    if bounds is not None and policy.within is not None:
+        common, _ = split_options(options)
+        bounded = policy.within(decode_options(policy, options), *bounds, len(windows_TLE))
+        options = {**common, **msgspec.structs.asdict(bounded)}
+    return run_loaded(policy, windows_TLE, slot_to_expert_LP, spec, options, state)
 
 
 def run_loaded(

@@ -14,7 +14,7 @@ import typer
 
 from eplb_async.core.config import Settings, load_settings
 from eplb_async.core.errors import EplbError
-from eplb_async.runtime import cli_plan, cli_show
+from eplb_async.runtime import cli_advise, cli_plan, cli_replay, cli_show
 
 __all__ = ["app", "gc", "history", "main", "pause", "rebalance", "resume", "serve", "status"]
 
@@ -184,6 +184,8 @@ def gc(
 
 app.command(epilog=cli_plan.PLAN_EPILOG)(cli_plan.plan)
 app.command(epilog=cli_plan.POLICIES_EPILOG)(cli_plan.policies)
+app.command(epilog=cli_replay.REPLAY_EPILOG)(cli_replay.replay)
+app.command(epilog=cli_advise.ADVISE_EPILOG)(cli_advise.advise)
 
 
 def _settings(config: Path | None, runtime_dir: Path | None, exit_when_idle: float | None = None) -> Settings:

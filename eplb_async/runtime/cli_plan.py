@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eplb_async.runtime.offline import Span
     from eplb_async.runtime.policy_list import OptionInfo, PolicyInfo
 
-__all__ = ["PLAN_EPILOG", "POLICIES_EPILOG", "plan", "policies"]
+__all__ = ["PLAN_EPILOG", "POLICIES_EPILOG", "keep_compiled", "plan", "policies", "single_threaded"]
 
 PLAN_EPILOG = (
     "Examples: [bold]eplb-async plan trace.npz --ranks 32 --slots 288 --out map.json[/], then from there "
@@ -101,7 +101,7 @@ def plan(  # size: options of a command
     """Plan from recorded loads with any policy: balance before and after, bound and gap, moves, milliseconds."""
     options = _options(option or [])
     spans = _span("--windows", windows), _span("--next", following)
-    _single_threaded()
+    single_threaded()
     from eplb_async.observability.plan_report import plan_tables
     from eplb_async.runtime.offline import OfflineRequest, Shape, plan_offline
 
@@ -119,7 +119,7 @@ def plan(  # size: options of a command
         slot_bytes=slot_bytes,
         repeats=repeat,
     )
-    _keep_compiled()
+    keep_compiled()
     # whatever a policy prints must not get between the lines of JSON
     with _progress() as status, contextlib.redirect_stdout(sys.stderr):
         report = plan_offline(request, status.update)
@@ -182,7 +182,7 @@ def _span(name: str, text: str | None) -> "Span | None":
     return first, last
 
 
-def _single_threaded() -> None:
+def single_threaded() -> None:
     """One thread for numerics, as in the daemon's workers, so that the milliseconds are those of one core.
 
     Libraries read these when they are imported, so this comes before numpy.
@@ -191,7 +191,7 @@ def _single_threaded() -> None:
         os.environ.setdefault(name, "1")
 
 
-def _keep_compiled() -> None:
+def keep_compiled() -> None:
     """Compiled policies are kept where the daemon keeps them, so that only the first plan on a host waits for numba."""
     from eplb_async.shm.segment import prepare_runtime_dir
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eplb_async.observability.history import Decision, Outcome
-from eplb_async.runtime.messages import DaemonStatus, GroupStatus
+from eplb_async.runtime.messages import DaemonStatus, GroupStatus, ShadowStatus
 
 __all__ = ["fail", "show_decision", "show_garbage", "show_history", "show_status", "watch_status"]
 
@@ -109,11 +109,22 @@ def _group(group: GroupStatus) -> Group:
         )
     elif group.planning:
         parts.append(Text("  a policy is planning", style="cyan"))
+    if group.shadow is not None:
+        parts.append(Text(f"  shadow: {_shadow(group.shadow)}", style="magenta"))
     if group.ranks:
         parts.append(_ranks(group))
     if group.decisions:
         parts.append(_decisions(group.decisions))
     return Group(*parts)
+
+
+def _shadow(shadow: ShadowStatus) -> str:
+    if shadow.par_live is None or shadow.par_shadow is None:
+        return "no window is complete yet"
+    gained = f"PAR {shadow.par_live:.3f} as served, {shadow.par_shadow:.3f} had plans been applied"
+    return (
+        f"{gained} ({shadow.windows} windows); {shadow.plans} plans, {shadow.moves} moves, {_bytes(shadow.bytes_moved)}"
+    )
 
 
 def _ranks(group: GroupStatus) -> Table:
@@ -141,7 +152,7 @@ def _decisions(decisions: Sequence[Decision]) -> Text:
         if decision.num_moves:
             took = f" in {_seconds(decision.trigger_to_last_commit_s)}" if decision.num_committed else ""
             numbers += f"; {decision.num_moves} moves, {_bytes(decision.bytes_moved)}{took}"
-        outcome = f"[{colour}]{decision.outcome.value}[/]"
+        outcome = f"[{colour}]{decision.outcome.value}[/]" + (" (shadow)" if decision.shadow else "")
         lines.append(f"  #{decision.number} {when} generation {decision.generation} {outcome}  {numbers}")
         why = f"; {decision.why}" if decision.why else ""
         lines.append(f"     [dim]{escape(decision.trigger + why)}[/]")

@@ -23,6 +23,7 @@ from eplb_async.core.load import LoadKind, fold_slots
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.row_history import RowHistory
+from eplb_async.runtime.windows import LoadWindows
 from eplb_async.shm.ring import PHASES, Batch, LoadRing
 
 __all__ = ["READ_AT_ONCE", "Collector", "RingStatistics"]
@@ -68,7 +69,7 @@ class Collector:
     """Reads the rings of one group. Used by one task only.
 
     Attributes:
-        windows: (window index, int64 [L, E]), complete ones with traffic, oldest first.
+        load: the complete windows with traffic.
         num_completed: windows ever completed, with traffic or not.
         unfolded_L: records per layer that could not be folded, int64 [L].
     """
@@ -78,9 +79,8 @@ class Collector:
     ) -> None:
         """`steps_and_windows`: steps per window, and windows kept."""
         self._spec, self._rows = spec, rows
-        self._window_steps, num_windows = steps_and_windows
         self._readers = {rank: _Reader(ring) for rank, ring in rings.items()}
-        self.windows: deque[tuple[int, NDArray[np.int64]]] = deque(maxlen=num_windows)
+        self.load = LoadWindows((spec.num_layers, spec.num_experts), *steps_and_windows)
         self.num_completed = 0
         self.unfolded_L = np.zeros(spec.num_layers, dtype=np.int64)
         self._open: dict[int, NDArray[np.int64]] = {}
@@ -88,24 +88,16 @@ class Collector:
 
     def resize(self, window_steps: int, num_windows: int) -> None:
         """Other windows from now on; those collected are forgotten if their length changes."""
-        if window_steps != self._window_steps:
-            self._window_steps = window_steps
+        if self.load.resize(window_steps, num_windows):
             self._open.clear()
-            self.windows.clear()
             for reader in self._readers.values():
                 reader.first_step = reader.folded_step + 1 if reader.first_step is not None else None
             self._next_window = 0
-        self.windows = deque(self.windows, maxlen=num_windows)
 
     @property
-    def windows_TLE(self) -> NDArray[np.float64]:
-        """The complete windows, oldest first, float64 [T, L, E]; T is 0 before the first."""
-        shape = (len(self.windows), self._spec.num_layers, self._spec.num_experts)
-        return np.array([load for _, load in self.windows], dtype=np.float64).reshape(shape)
-
-    def first_step_of(self, window: int) -> int:
-        """The first step of a window."""
-        return window * self._window_steps
+    def windows(self) -> deque[tuple[int, NDArray[np.int64]]]:
+        """See LoadWindows.kept."""
+        return self.load.kept
 
     def drain(self, rank: int, newest_step: Callable[[], int]) -> int:
         """Read what one rank has recorded, up to READ_AT_ONCE records; how many: READ_AT_ONCE if more may be there.
@@ -137,13 +129,12 @@ class Collector:
         if not readers or any(reader.first_step is None for reader in readers):
             return 0
         # the first window that all rings show from its first step on
-        first = max(-(-(reader.first_step or 0) // self._window_steps) for reader in readers)
-        end = min(reader.folded_step + 1 for reader in readers) // self._window_steps
+        first = max(-(-(reader.first_step or 0) // self.load.steps) for reader in readers)
+        end = min(reader.folded_step + 1 for reader in readers) // self.load.steps
         closed = 0
         for window in sorted(window for window in self._open if window < end):
             load_LE = self._open.pop(window)
-            if window >= first and load_LE.any():
-                self.windows.append((window, load_LE))
+            if window >= first and self.load.add(window, load_LE):
                 closed += 1
         self.num_completed += max(0, end - max(self._next_window, first))
         self._next_window = max(self._next_window, end)
@@ -207,7 +198,7 @@ class Collector:
     def _fold_waiting(self, reader: _Reader) -> None:
         while reader.waiting:
             batch = reader.waiting[0]
-            window = batch.step // self._window_steps
+            window = batch.step // self.load.steps
             keys = np.stack([window, batch.version, _COUNTS[batch.phase]])
             cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(batch.step)]
             for first, last in pairwise(cuts):
@@ -237,7 +228,7 @@ class Collector:
         load = np.add.reduce(counts, axis=0, dtype=np.int32 if small else np.int64)
         if placement is not None:
             load = self._folded(reader, load, placement, last - first)
-        window = int(batch.step[first]) // self._window_steps
+        window = int(batch.step[first]) // self.load.steps
         if window not in self._open:
             if window < self._next_window:
                 return True  # of a rank that was taken for gone: its window is closed

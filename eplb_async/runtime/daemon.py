@@ -212,6 +212,7 @@ class Daemon:
             del self._histories[oldest]
         return SessionContext(
             settings=self._settings.daemon,
+            hook=self._settings.hook,
             pool=self._pool,
             history=history,
             clock=self._clock,

@@ -135,6 +135,17 @@ class PlanProgress(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a group whose plans are not applied: means of PAR over complete windows, as served and had they been applied; what that had moved."""
+
+    windows: int
+    par_live: float | None
+    par_shadow: float | None
+    plans: int
+    moves: int
+    bytes_moved: int
+
+
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One group. `state`: "joining", "serving", "paused" or "ended"; `problems` are sentences for people."""
 
@@ -150,6 +161,7 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     plan: PlanProgress | None = None
     planning: bool = False
+    shadow: ShadowStatus | None = None
     decisions: tuple[Decision, ...] = ()
 
 

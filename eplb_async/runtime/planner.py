@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from eplb_async.core.clock import Clock
 from eplb_async.core.diff import commit_rows, moves_between
 from eplb_async.core.plan import PlanEntry, counter, validate_entry
+from eplb_async.runtime.memory import remembered
 from eplb_async.runtime.outlook import Outlook, outlook_of
 from eplb_async.runtime.proposal import PackedArray, PlanProposal, PlanRequest
 
@@ -71,8 +72,13 @@ def make_plan(request: PlanRequest, clock: Clock | None = None) -> PlanProposal:
     from eplb_async.policies.registry import run_policy
 
     start = clock.monotonic_s() if clock else 0.0
+    if request.fitted_memory:
+        recent_TLE = remembered(request.windows.unpack(), fitted=True)
+        request = msgspec.structs.replace(request, windows=PackedArray.pack(recent_TLE))
     windows_TLE, live_LP = request.windows.unpack(), request.placement.unpack()
-    target_LP, state = run_policy(request.policy, windows_TLE, live_LP, request.spec, request.options, request.state)
+    target_LP, state = run_policy(
+        request.policy, windows_TLE, live_LP, request.spec, request.options, request.state, _bounds(request)
+    )
     policy_s = clock.monotonic_s() - start if clock else 0.0
     return msgspec.structs.replace(choose_entries(request, target_LP, state), policy_s=policy_s)
 
@@ -93,7 +99,7 @@ def choose_entries(request: PlanRequest, target_LP: IntArray, state: bytes) -> P
     paying = np.flatnonzero(outlook.moves_L | outlook.refits_L).tolist()
     candidates = [_layer_change(request, outlook, layer, sent_R) for layer in paying]
     candidates.sort(key=lambda change: change.key)
-    chosen, cut = _fit(candidates, request.capacity - PLAN_OVERHEAD_BYTES)
+    chosen, cut = _fit(candidates, request.capacity - PLAN_OVERHEAD_BYTES, request.budget_bytes)
     layers = [change.layer for change in chosen]
     after_L = outlook.before_L.copy()
     after_L[layers] = outlook.after_L[layers]
@@ -110,6 +116,14 @@ def choose_entries(request: PlanRequest, target_LP: IntArray, state: bytes) -> P
         bytes_between_ranks=sum(_bytes_between_ranks(change, request) for change in chosen),
         state=state,
     )
+
+
+def _bounds(request: PlanRequest) -> tuple[float, float] | None:
+    """Share of all slots, and price, for a policy that can keep within them; None where nothing is bounded."""
+    if request.budget_bytes is None and not request.price:
+        return None
+    budget = np.inf if request.budget_bytes is None else request.budget_bytes
+    return min(1.0, budget / (sum(request.slot_bytes) * request.spec.num_slots)), request.price
 
 
 def _layer_change(request: PlanRequest, outlook: Outlook, layer: int, sent_R: NDArray[np.int64]) -> _Layer:
@@ -139,13 +153,15 @@ def _layer_change(request: PlanRequest, outlook: Outlook, layer: int, sent_R: ND
     )
 
 
-def _fit(candidates: list[_Layer], capacity: int) -> tuple[list[_Layer], int]:
-    """The best layers that fit the board together, and how many were left out."""
-    chosen, used = [], 0
+def _fit(candidates: list[_Layer], capacity: int, budget_bytes: int | None) -> tuple[list[_Layer], int]:
+    """The best layers that fit the board and the budget together, and how many were left out."""
+    chosen, used, moved = [], 0, 0
     for change in candidates:
-        if used + change.board_bytes <= capacity:
+        affordable = budget_bytes is None or moved + change.num_bytes <= budget_bytes
+        if affordable and used + change.board_bytes <= capacity:
             chosen.append(change)
             used += change.board_bytes
+            moved += change.num_bytes
     return chosen, len(candidates) - len(chosen)
 
 
@@ -184,5 +200,5 @@ def _why(chosen: list[_Layer], cut: int, outlook: Outlook, min_gain: float) -> s
         return f"the best layer's PAR would fall by {best:.1%}, needed are {min_gain:.1%}"
     refitted = sum(bool(outlook.refits_L[change.layer]) for change in chosen)
     tables = f", {refitted} of them by dispatch tables alone" if refitted else ""
-    left = f", {cut} more do not fit the board" if cut else ""
+    left = f", {cut} more do not fit the board or the budget" if cut else ""
     return f"{len(chosen)} of {len(outlook.before_L)} layers pay{tables} (best: PAR falls by {best:.1%}){left}"

@@ -42,6 +42,10 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         renew: layers whose dispatch has to be set, whatever that gains: it is not known, see live_dispatch.py.
         min_gain: see DaemonSettings.
         capacity: bytes of the board.
+        budget_bytes: that the plan may move; None: any.
+        price: PAR that filling all slots of a layer anew has to bring; a part of them, so much less.
+        confidence: standard deviations of sampling noise by which a gain has to be certain.
+        fitted_memory: plan on the newest windows only that memory.py takes.
     """
 
     policy: str
@@ -58,6 +62,10 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     capacity: int
     share: PackedArray | None = None
     renew: list[int] = []
+    budget_bytes: int | None = None
+    price: float = 0.0
+    confidence: float = 0.0
+    fitted_memory: bool = False
 
 
 class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 
 from eplb_async.core.clock import Clock
-from eplb_async.core.config import DaemonSettings
+from eplb_async.core.config import DaemonSettings, HookSettings
 from eplb_async.core.errors import SegmentMissing, SegmentRefused
 from eplb_async.core.plan import generation_of, position_of
 from eplb_async.observability.history import DecisionHistory
@@ -47,9 +47,10 @@ STATUS_DECISIONS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class SessionContext:
-    """What a session gets from the daemon. `first_number`: of its first decision."""
+    """What a session gets from the daemon. `hook`: what ranks of these settings do; `first_number`: of its first decision."""
 
     settings: DaemonSettings
+    hook: HookSettings
     pool: PolicyPool
     history: DecisionHistory
     clock: Clock
@@ -92,6 +93,7 @@ class GroupSession:
             words=words,
             board=board,
             publisher=self.publisher,
+            hook=context.hook,
             collector=self.collector,
             pool=context.pool,
             history=context.history,
@@ -118,7 +120,8 @@ class GroupSession:
 
     def configure(self, settings: DaemonSettings) -> None:
         """Take new settings."""
-        self._settings = self.decider.settings = settings
+        self._settings = settings
+        self.decider.configure(settings)
         self.collector.resize(settings.window_steps, settings.num_windows)
 
     async def close(self, why: str) -> None:
@@ -156,6 +159,7 @@ class GroupSession:
             generation=generation_of(self.publisher.committed),
             plan=self._plan_progress(),
             planning=self.decider.planning,
+            shadow=self.decider.shadow_status(),
             decisions=tuple(self._history.newest(STATUS_DECISIONS)),
         )
 

@@ -1,5 +1,6 @@
 """When to decide: a pure function of what the session knows."""
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["TriggerState", "decide"]
@@ -17,6 +18,10 @@ class TriggerState:
         num_windows: complete windows with traffic.
         par_live: mean PAR of these windows under the live placement, over layers with load.
         par_threshold: PAR above which rebalancing is worth a look.
+        min_gap_steps: steps between two decisions, however PAR rises.
+        par_newest: mean PAR of the newest window alone.
+        par_reached: least of any window since the last decision ended: what the placement can do for the traffic it was made for.
+        par_drift: by which share PAR has to rise above that for a decision before the interval is over; inf: never.
     """
 
     requested: str = ""
@@ -26,14 +31,21 @@ class TriggerState:
     num_windows: int
     par_live: float
     par_threshold: float
+    min_gap_steps: int = 0
+    par_newest: float = 1.0
+    par_reached: float = math.inf
+    par_drift: float = math.inf
 
 
 def decide(state: TriggerState) -> str | None:
     """Why to decide now, for people; None if not. An operator's request always fires."""
     if state.requested:
         return state.requested
-    if state.paused or state.num_windows < 1 or state.steps < state.interval_steps:
+    if state.paused or state.num_windows < 1:
         return None
-    if not state.par_live > state.par_threshold:
-        return None
-    return f"PAR {state.par_live:.3f} > {state.par_threshold:g} after {state.steps} steps"
+    if state.steps >= state.interval_steps and state.par_live > state.par_threshold:
+        return f"PAR {state.par_live:.3f} > {state.par_threshold:g} after {state.steps} steps"
+    drifted = state.par_newest > max(state.par_threshold, state.par_reached * (1 + state.par_drift))
+    if drifted and state.steps >= state.min_gap_steps:
+        return f"PAR rose from {state.par_reached:.3f} to {state.par_newest:.3f} in {state.steps} steps"
+    return None

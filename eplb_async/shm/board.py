@@ -27,7 +27,7 @@ from eplb_async.shm.atomics import CLOSED, atomics
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
 
-__all__ = ["PlanBoard", "Posted"]
+__all__ = ["PlanBoard", "Posted", "plan_capacity"]
 
 LAYOUT = "board: sequence 64, abort 64, generation length digest checksum 64, plan"
 _CHECKED = struct.Struct("<3q")
@@ -40,6 +40,12 @@ class Posted(NamedTuple):
     generation: int
     digest: int
     data: bytes
+
+
+def plan_capacity(spec: MoESpec) -> int:
+    """Least bytes of a plan that a new board has room for: two commits of every layer with weighted dispatch rows."""
+    per_layer = 16 * spec.num_slots + 4 * spec.num_experts * (spec.max_replicas + 1) + 64
+    return (64 << 10) + 2 * spec.num_layers * per_layer
 
 
 class PlanBoard:
@@ -59,8 +65,7 @@ class PlanBoard:
         Raises:
             NoSharedMemory: see Segment.create.
         """
-        per_layer = 16 * spec.num_slots + 4 * spec.num_experts * (spec.max_replicas + 1) + 64
-        size = _PLAN + (64 << 10) + 2 * spec.num_layers * per_layer
+        size = _PLAN + plan_capacity(spec)
         segment = Segment.create(segment_name(group, "board"), LAYOUT, size, incarnation=incarnation)
         return cls(segment.publish())
 

@@ -15,7 +15,7 @@ from eplb_async.runtime.client import ControlClient
 
 __all__: list[str] = []
 
-COMMANDS = ["serve", "status", "history", "rebalance", "pause", "resume", "gc", "demo"]
+COMMANDS = ["serve", "status", "history", "rebalance", "pause", "resume", "gc", "demo", "replay"]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

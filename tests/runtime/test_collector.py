@@ -206,4 +206,4 @@ def test_other_window_length_forgets_the_old_windows(watch: Callable[..., Watche
     for _ in range(13):
         watched.ranks.step()
     watched.look()
-    np.testing.assert_array_equal(watched.collector.windows_TLE, [4 * per_step(watched.ranks)] * 2)
+    np.testing.assert_array_equal(watched.collector.load.windows_TLE, [4 * per_step(watched.ranks)] * 2)

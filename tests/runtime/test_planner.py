@@ -12,8 +12,16 @@ from eplb_async.core.diff import aligned_target
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.plan import PlanEntry, counter, validate_entry
 from eplb_async.core.score import even_share, table_share, windows_par
-from eplb_async.core.spec import MoESpec
-from eplb_async.runtime.planner import PLAN_OVERHEAD_BYTES, PackedArray, PlanProposal, PlanRequest, choose_entries
+from eplb_async.core.spec import MoESpec, Topology
+from eplb_async.runtime.outlook import sampling_noise
+from eplb_async.runtime.planner import (
+    PLAN_OVERHEAD_BYTES,
+    PackedArray,
+    PlanProposal,
+    PlanRequest,
+    choose_entries,
+    make_plan,
+)
 
 __all__: list[str] = []
 
@@ -262,3 +270,82 @@ def test_packed_array_survives_a_message(dtype: Any) -> None:
     packed = msgspec.msgpack.decode(msgspec.msgpack.encode(PackedArray.pack(array)), type=PackedArray)
     np.testing.assert_array_equal(packed.unpack(), array)
     assert packed.unpack().dtype == dtype
+
+
+def test_a_budget_takes_the_best_gain_per_byte() -> None:
+    """Layers alike but for their bytes: within a budget the cheap ones move, and the reason says that others were left out."""
+    rng = np.random.default_rng(3)
+    live_LP = initial_placement(SPEC)
+    target_LP = rng.permuted(live_LP[:1], axis=1).repeat(4, axis=0)
+    windows_TLE = (rng.pareto(1.0, (1, 1, 12)) * 1000).repeat(4, axis=1)
+    free = choose_entries(request_for(windows_TLE, live_LP), target_LP, b"")
+    if not free.entries:
+        target_LP, live_LP = live_LP, target_LP
+        free = choose_entries(request_for(windows_TLE, live_LP), target_LP, b"")
+    assert sorted(free.layers) == [0, 1, 2, 3]
+    moves = free.num_moves // 4
+    tight = choose_entries(request_for(windows_TLE, live_LP, budget_bytes=300 * moves), target_LP, b"")
+    assert tight.layers == [0, 1]
+    assert tight.bytes_moved == 300 * moves
+    assert "2 more do not fit the board or the budget" in tight.why
+    assert not choose_entries(request_for(windows_TLE, live_LP, budget_bytes=0), target_LP, b"").entries
+
+
+def test_a_price_is_for_the_share_of_slots_that_change() -> None:
+    """A layer moves if its gain is worth the price of the slots that change, and not for a higher one."""
+    target_LP = initial_placement(SPEC)
+    live_LP = np.random.default_rng(3).permuted(target_LP, axis=1)
+    windows_TLE = np.random.default_rng(5).pareto(1.0, (1, 4, 12)) * 1000
+    free = choose_entries(request_for(windows_TLE, live_LP), target_LP, b"")
+    assert free.layers
+    for layer in free.layers:
+        aligned_P = aligned_target(live_LP[layer], target_LP[layer], SPEC.topology)
+        worth = (free.par_before_L[layer] - free.par_after_L[layer]) / (aligned_P != live_LP[layer]).mean()
+        for price, moves in ((0.99 * worth, True), (1.01 * worth, False)):
+            proposal = choose_entries(request_for(windows_TLE, live_LP, price=price), target_LP, b"")
+            assert (layer in proposal.layers) is moves
+
+
+def test_gains_that_may_be_noise_do_not_count() -> None:
+    """The same shares pay with many tokens and not with few; without confidence both do."""
+    live_LP = initial_placement(SPEC)
+    target_LP = np.random.default_rng(3).permuted(live_LP, axis=1)
+    share_TLE = np.random.default_rng(5).uniform(0.8, 1.2, (1, 4, 12))
+    many, few = share_TLE * 1e6, share_TLE * 30
+    assert choose_entries(request_for(few, live_LP), target_LP, b"").layers
+    assert choose_entries(request_for(many, live_LP, confidence=2.0), target_LP, b"").layers
+    assert not choose_entries(request_for(few, live_LP, confidence=2.0), target_LP, b"").layers
+
+
+def test_the_sampling_noise_is_that_of_counts() -> None:
+    """The worked example; four times the tokens, half the noise; loads that are no counts have none."""
+    topology, peaks_L = Topology(num_ranks=16, slots_per_rank=1), np.array([2.5])
+    noise = sampling_noise(np.full((1, 1, 16), 10_000.0), peaks_L, topology)
+    assert noise[0] == pytest.approx(2.5**0.5 / 100 + 0.0177, abs=0.001)
+    assert sampling_noise(np.full((4, 1, 16), 10_000.0), peaks_L, topology)[0] == pytest.approx(noise[0] / 2)
+    assert sampling_noise(np.full((1, 1, 16), 0.1), peaks_L, topology)[0] == 0
+
+
+def test_memory_is_fitted_before_the_policy_runs() -> None:
+    """With `fitted_memory` the numbers of a plan are those of the windows that are left."""
+    old, new = np.ones((1, 4, 12)), np.ones((1, 4, 12))
+    old[:, :, :3], new[:, :, 3:6] = 50, 50
+    windows_TLE = np.concatenate([old * 100] * 6 + [new * 100] * 2)
+    request = request_for(windows_TLE, initial_placement(SPEC), policy="default", fitted_memory=True)
+    recent = request_for(new * 200, initial_placement(SPEC), policy="default")
+    assert make_plan(request).par_before_L == pytest.approx(make_plan(recent).par_before_L)
+    everything = make_plan(msgspec.structs.replace(request, fitted_memory=False))
+    assert everything.par_before_L != pytest.approx(make_plan(recent).par_before_L)
+
+
+def test_a_policy_that_knows_bounds_keeps_within_them() -> None:
+    """`frontier` under a budget spends it across layers instead of being cut to the layers that fit."""
+    windows_TLE = np.random.default_rng(5).pareto(1.0, (1, 4, 12)) * 1000
+    request = request_for(windows_TLE, initial_placement(SPEC), policy="frontier", slot_bytes=[100] * 4)
+    free = make_plan(request)
+    assert free.num_moves > 8
+    tight = make_plan(msgspec.structs.replace(request, budget_bytes=800))
+    assert 0 < tight.num_moves <= 8
+    assert "do not fit" not in tight.why
+    dear = make_plan(msgspec.structs.replace(request, price=1e9))
+    assert not dear.entries

@@ -22,6 +22,22 @@ def test_each_condition_is_needed(change: dict[str, float]) -> None:
     assert decide(dataclasses.replace(DUE, **change)) is None  # type: ignore[arg-type]
 
 
+DRIFTED = dataclasses.replace(DUE, steps=50, min_gap_steps=50, par_newest=1.3, par_reached=1.15, par_drift=0.1)
+
+
+def test_drift_fires_before_the_interval_is_over() -> None:
+    """PAR of the newest window well above the least since the last decision, after the minimum gap."""
+    assert decide(DRIFTED) == "PAR rose from 1.150 to 1.300 in 50 steps"
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 49}, {"par_newest": 1.26}, {"par_threshold": 1.31}, {"par_reached": 1e9}, {"paused": True}]
+)
+def test_drift_needs_each_condition(change: dict[str, float]) -> None:
+    """Within the gap, risen too little (hysteresis), still below the threshold, nothing to compare with, or paused: no decision."""
+    assert decide(dataclasses.replace(DRIFTED, **change)) is None  # type: ignore[arg-type]
+
+
 def test_operator_always_fires() -> None:
     """An operator's request needs none of it, not even a daemon that is not paused."""
     state = TriggerState(
