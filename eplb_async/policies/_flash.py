@@ -17,10 +17,12 @@ from eplb_async.policies._flash_work import (
     INNER,
     Rules,
     Work,
+    count_replicas,
     heaviest_first,
     mean_peak,
     new_work,
     put_on_ranks,
+    read_scales,
     read_shares,
     read_statistics,
 )
@@ -54,7 +56,7 @@ def replan(
     live_LP: IntArray,
     promised_L: FloatArray,
     planned_L: IndexArray,
-    rules: Rules,
+    settings: tuple[int, int, int, int, int, float, int, float, int, float, float, float, float, float],
     most_layers: int,
 ) -> tuple[IntArray, FloatArray, IndexArray]:
     """Plan the layers that are due, and put what was planned on the ranks and slots that hold most of it.
@@ -64,13 +66,13 @@ def replan(
         live_LP: the live placement; -1 is an empty slot.
         promised_L: what the state says was promised.
         planned_L: the fingerprints of the rows for which it was.
-        rules: the settings; a rank has fewer slots than there are experts.
+        settings: `Rules`, or a tuple of the same; a rank has fewer slots than there are experts.
         most_layers: change only so many, those with the greatest gain; 0: no limit.
 
     Returns:
         int32 [L, P], the placement; and what the next state is to say.
     """
-    num_experts = windows_TLE.shape[2]
+    rules, num_experts = Rules(*settings), windows_TLE.shape[2]
     placement_LP, print_L = live_LP.copy(), fingerprints(live_LP)
     holds_L = still_promised(promised_L, planned_L, print_L)
     work = new_work(windows_TLE.shape[0], num_experts, rules)
@@ -97,12 +99,17 @@ def fingerprints(row_LP: IntArray) -> IndexArray:
     Returns:
         int64 [L].
     """
-    print_L = np.zeros(row_LP.shape[0], dtype=np.int64)
-    for layer in range(row_LP.shape[0]):
-        number = np.int64(0)
-        for slot in range(row_LP.shape[1] - 1, -1, -1):
-            number = number * np.int64(BASE) + np.int64(row_LP[layer, slot] + 1)
-        print_L[layer] = number
+    num_layers, num_slots = row_LP.shape
+    power_P = np.ones(num_slots, dtype=np.uint64)
+    for slot in range(1, num_slots):
+        power_P[slot] = power_P[slot - 1] * np.uint64(BASE)
+    print_L = np.zeros(num_layers, dtype=np.int64)
+    for layer in range(num_layers):
+        # a sum of products instead of Horner's scheme, in which each product waits for the one before
+        number = np.uint64(0)
+        for slot in range(num_slots):
+            number += np.uint64(np.uint32(row_LP[layer, slot] + np.int32(1))) * power_P[slot]
+        print_L[layer] = np.int64(number)
     return print_L
 
 
@@ -142,17 +149,19 @@ def plan_layers(
     count_E = work.count_E
     planned_LP = np.zeros(live_LP.shape, dtype=np.int32)
     gain_L, astray_L, ratio_L = np.zeros(num_layers), np.zeros(num_layers, dtype=np.int64), np.ones(num_layers)
+    scale_LT = read_scales(windows_TLE, rules.num_ranks)
     for layer in range(num_layers):
-        used, noise = read_shares(windows_TLE, layer, rules.num_ranks, work)
+        used, noise = read_shares(windows_TLE, layer, scale_LT[layer], work)
         if used == 0:
             continue
         live_RS = live_LP[layer].reshape((rules.num_ranks, rules.slots_per_rank))
-        doubled = find_homes(live_RS, count_E, work.home_P, work.home_at_E)
-        put_on_ranks(work.share_ET, used, live_RS, count_E, work.load_RT)
+        doubled = count_replicas(live_RS, count_E, work.trial_E)
+        put_on_ranks(work.share_ET, used, live_RS, count_E, work.part_N, work.load_RT)
         live_par = mean_peak(work.load_RT, used, work.peak_T)
         ratio = 1.0 / max(1.0, live_par - rules.allowance * noise / np.sqrt(used))
         if not doubled and ratio >= rules.ratio * promised_L[layer] and ratio >= rules.below:
             continue
+        find_homes(live_RS, count_E, work.home_P, work.home_at_E)
         read_statistics(work, used, rules.z_score)
         order_E = heaviest_first(work.risk_E)
         worth = live_par * (1.0 - HOPEFUL * rules.least_gain)
@@ -181,22 +190,11 @@ def plan_layers(
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
-def find_homes(row_RS: IntArray, count_E: IndexArray, home_P: IndexArray, home_at_E: IndexArray) -> bool:
-    """Count the replicas of each expert, and list the ranks that hold it.
+def find_homes(row_RS: IntArray, count_E: IndexArray, home_P: IndexArray, home_at_E: IndexArray) -> None:
+    """List the ranks that hold each expert, of which `count_E` says how many there are.
 
-    [[0, 1], [0, -1]]: counts [2, 1], ranks [0, 1, 0], which begin at [0, 2, 3].
-
-    Returns:
-        Whether some rank holds an expert twice.
+    [[0, 1], [0, -1]] and counts [2, 1]: ranks [0, 1, 0], which begin at [0, 2, 3].
     """
-    count_E[:] = 0
-    doubled = False
-    for rank in range(row_RS.shape[0]):
-        for slot in range(row_RS.shape[1]):
-            if row_RS[rank, slot] >= 0:
-                count_E[row_RS[rank, slot]] += 1
-                for before in range(slot):
-                    doubled |= row_RS[rank, before] == row_RS[rank, slot]
     home_at_E[0] = 0
     for expert in range(count_E.shape[0]):
         home_at_E[expert + 1] = home_at_E[expert] + count_E[expert]
@@ -209,7 +207,6 @@ def find_homes(row_RS: IntArray, count_E: IndexArray, home_P: IndexArray, home_a
                 home_P[home_at_E[expert] + count_E[expert]] = rank
     for expert in range(count_E.shape[0]):
         count_E[expert] = home_at_E[expert + 1] - home_at_E[expert]
-    return doubled
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
@@ -220,5 +217,5 @@ def _part_doubles(work: Work, num_windows: int, count_E: IndexArray) -> float:
     for slot in range(row_P.shape[0]):
         weight_P[slot] = work.mean_E[row_P[slot]] / count_E[row_P[slot]]
     separate(row_P, weight_P, work.mean_R, count_E.shape[0])
-    put_on_ranks(work.share_ET, num_windows, work.row_RS, count_E, work.load_RT)
+    put_on_ranks(work.share_ET, num_windows, work.row_RS, count_E, work.part_N, work.load_RT)
     return mean_peak(work.load_RT, num_windows, work.peak_T)

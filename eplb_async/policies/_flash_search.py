@@ -170,7 +170,7 @@ def deal(  # size: one pass over all experts, with what a layer and a placement 
         # the same sums: what a rank has in its one window is its mean
         work.load_RT[:, 0] = mean_R
     else:
-        put_on_ranks(work.share_ET, num_windows, row_RS, count_E, work.load_RT)
+        put_on_ranks(work.share_ET, num_windows, row_RS, count_E, work.part_N, work.load_RT)
     return mean_peak(work.load_RT, num_windows, work.peak_T), doubled
 
 

@@ -18,10 +18,12 @@ __all__ = [
     "INNER",
     "Rules",
     "Work",
+    "count_replicas",
     "heaviest_first",
     "mean_peak",
     "new_work",
     "put_on_ranks",
+    "read_scales",
     "read_shares",
     "read_statistics",
 ]
@@ -124,6 +126,8 @@ class Work(NamedTuple):
     """Ranks that no swap lowers."""
     rank_R: IndexArray
     """Ranks by ascending mean load; while dealing, those with room first."""
+    part_N: FloatArray
+    """1 / n for up to P replicas: the part of an expert's load that one of n has; 0 for none."""
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
@@ -134,6 +138,9 @@ def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
     across = wide if wide > 0 else num_windows
     of_experts, of_ranks = np.zeros((4, num_experts)), np.zeros((4, ranks))
     searched, ordered = np.zeros((3, num_experts), dtype=np.int64), np.zeros((2, ranks * per_rank), dtype=np.int64)
+    part_N = np.zeros(ranks * per_rank + 1)
+    for count in range(1, part_N.shape[0]):
+        part_N[count] = 1.0 / count
     return Work(
         np.zeros((num_experts, num_windows)),
         of_experts[0],
@@ -167,40 +174,65 @@ def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
         of_ranks[3],
         np.zeros(ranks, dtype=np.int64),
         np.zeros(ranks, dtype=np.int64),
+        part_N,
     )
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
-def read_shares(windows_TLE: FloatArray, layer: int, num_ranks: int, work: Work) -> tuple[int, float]:
+def read_scales(windows_TLE: FloatArray, num_ranks: int) -> FloatArray:
+    """What makes shares of the tokens of each window and layer, whose mean rank load is then 1; infinite for one without load.
+
+    Windows [[3, 1], [0, 0], [2, 6]] of one layer on 2 ranks: 0.5, infinity, 0.25.
+
+    All layers of a window in turn, as they lie in memory: layer by layer each row would have to be waited for.
+
+    Returns:
+        float64 [L, T]; infinite, too, where there is so little load that the reciprocal overflows.
+    """
+    num_windows, num_layers, num_experts = windows_TLE.shape
+    scale_LT = np.empty((num_layers, num_windows))
+    for window in range(num_windows):
+        for layer in range(num_layers):
+            # four sums at once: one would wait for each addition in turn
+            one, two, three, four = 0.0, 0.0, 0.0, 0.0
+            for expert in range(0, num_experts - 3, 4):
+                one += windows_TLE[window, layer, expert]
+                two += windows_TLE[window, layer, expert + 1]
+                three += windows_TLE[window, layer, expert + 2]
+                four += windows_TLE[window, layer, expert + 3]
+            for expert in range(num_experts // 4 * 4, num_experts):
+                one += windows_TLE[window, layer, expert]
+            total = (one + two) + (three + four)
+            scale_LT[layer, window] = num_ranks / total if total > 0.0 else np.inf
+    return scale_LT
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def read_shares(windows_TLE: FloatArray, layer: int, scale_T: FloatArray, work: Work) -> tuple[int, float]:
     """Scale the windows of a layer that have load to a mean of 1 per rank; writes `share_ET` and `mean_E`.
 
     Windows [[3, 1], [0, 0], [2, 6]] on 2 ranks: shares [[1.5, 0.5], [0.5, 1.5]] (by expert), means [1, 1], 2 windows; the mean
     rank loads are 2 and 4 tokens, so the noise is (1 / sqrt(2) + 1 / 2) / 2 = 0.604.
 
     Returns:
-        How many windows have load (so little that its reciprocal overflows counts as none); and the standard deviation that a
-        rank's share has by chance alone, if tokens choose experts independently: 1 / sqrt(tokens of a rank), averaged over the
-        windows.
+        How many windows have load; and the standard deviation that a rank's share has by chance alone, if tokens choose experts
+        independently: 1 / sqrt(tokens of a rank), averaged over the windows.
     """
     num_windows, _, num_experts = windows_TLE.shape
     share_ET, mean_E = work.share_ET, work.mean_E
     mean_E[:] = 0.0
     used, noise = 0, 0.0
     for window in range(num_windows):
-        # four sums at once: one would wait for each addition in turn
-        one, two, three, four = 0.0, 0.0, 0.0, 0.0
-        for expert in range(0, num_experts - 3, 4):
-            one += windows_TLE[window, layer, expert]
-            two += windows_TLE[window, layer, expert + 1]
-            three += windows_TLE[window, layer, expert + 2]
-            four += windows_TLE[window, layer, expert + 3]
-        for expert in range(num_experts // 4 * 4, num_experts):
-            one += windows_TLE[window, layer, expert]
-        total = (one + two) + (three + four)
-        scale = num_ranks / total if total > 0.0 else np.inf
+        scale = scale_T[window]
         if scale < np.inf:
             # less than a token for each rank is no count of tokens
             noise += np.sqrt(scale) if scale <= 1.0 else 0.0
+            if num_windows == 1:
+                # one after the other in memory, which the compiler does not know of a column
+                share_E = share_ET.reshape(num_experts)
+                for expert in range(num_experts):
+                    share_E[expert] = mean_E[expert] = windows_TLE[window, layer, expert] * scale
+                return 1, noise
             for expert in range(num_experts):
                 share = windows_TLE[window, layer, expert] * scale
                 share_ET[expert, used] = share
@@ -208,8 +240,9 @@ def read_shares(windows_TLE: FloatArray, layer: int, num_ranks: int, work: Work)
             used += 1
     if used == 0:
         return 0, 0.0
-    for expert in range(num_experts):
-        mean_E[expert] /= used
+    if used > 1:
+        for expert in range(num_experts):
+            mean_E[expert] /= used
     return used, noise / used
 
 
@@ -250,20 +283,54 @@ def read_statistics(work: Work, num_windows: int, z_score: float) -> None:
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
+def count_replicas(row_RS: IntArray, count_E: IndexArray, last_E: IndexArray) -> bool:
+    """Count the slots of each expert; whether some rank holds one twice. `last_E` is scratch.
+
+    Ranks [0, 1] and [0, -1]: counts [2, 1], and no.
+    """
+    count_E[:] = 0
+    last_E[:] = -1
+    doubled = False
+    for rank in range(row_RS.shape[0]):
+        for slot in range(row_RS.shape[1]):
+            expert = row_RS[rank, slot]
+            if expert >= 0:
+                count_E[expert] += 1
+                doubled |= last_E[expert] == rank
+                last_E[expert] = rank
+    return doubled
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
 def put_on_ranks(
-    share_ET: FloatArray, num_windows: int, row_RS: IntArray, count_E: IndexArray, load_RT: FloatArray
+    share_ET: FloatArray,
+    num_windows: int,
+    row_RS: IntArray,
+    count_E: IndexArray,
+    part_N: FloatArray,
+    load_RT: FloatArray,
 ) -> None:
-    """The load of each rank in each window, written to `load_RT`; empty slots (-1) add nothing.
+    """The load of each rank in each window, written to `load_RT`; empty slots (-1) add nothing. `part_N` is 1 / n for each count n.
 
     Shares [[1.5, 0.5], [0.5, 1.5]], slots [[0, 1], [0, -1]] and counts [2, 1]: [[1.25, 1.75], [0.75, 0.25]].
     """
+    if num_windows == 1:
+        # most of what a layer that is left alone takes
+        for rank in range(row_RS.shape[0]):
+            load = 0.0
+            for slot in range(row_RS.shape[1]):
+                expert = row_RS[rank, slot]
+                if expert >= 0:
+                    load += share_ET[expert, 0] * part_N[count_E[expert]]
+            load_RT[rank, 0] = load
+        return
     for rank in range(row_RS.shape[0]):
         for window in range(num_windows):
             load_RT[rank, window] = 0.0
         for slot in range(row_RS.shape[1]):
             expert = row_RS[rank, slot]
             if expert >= 0:
-                part = 1.0 / count_E[expert]
+                part = part_N[count_E[expert]]
                 for window in range(num_windows):
                     load_RT[rank, window] += share_ET[expert, window] * part
 
@@ -274,6 +341,12 @@ def mean_peak(load_RT: FloatArray, num_windows: int, peak_T: FloatArray) -> floa
 
     [[1.25, 1.75], [0.75, 0.25]]: (1.25 + 1.75) / 2 = 1.5.
     """
+    if num_windows == 1:
+        peak = load_RT[0, 0]
+        for rank in range(1, load_RT.shape[0]):
+            peak = max(peak, load_RT[rank, 0])
+        peak_T[0] = peak
+        return float(peak)
     for window in range(num_windows):
         peak_T[window] = load_RT[0, window]
     for rank in range(1, load_RT.shape[0]):

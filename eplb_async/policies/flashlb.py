@@ -20,8 +20,9 @@ thresholds: what chance alone may add to the PAR of few tokens makes no layer du
 Planned globally: nodes and expert groups do not matter.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -142,20 +143,26 @@ def flashlb(
     if topology.slots_per_rank >= num_experts:
         # perfect balance whatever the load: nothing to search
         return default(windows_TLE, slot_to_expert_LP, topology, DefaultOptions(), b"")
-    # numba takes a quarter of a second to import: the daemon, which only reads names and options, must not pay for it
-    from eplb_async.policies import _flash
-
     # read-only whatever the caller has: numba compiles for arrays that may be written and for others anew
     live_LP = np.ascontiguousarray(slot_to_expert_LP, dtype=np.int32).view()
     windows = merged(np.ascontiguousarray(windows_TLE), options.max_windows).view()
     live_LP.flags.writeable = windows.flags.writeable = False
-    placement_LP, promised_L, print_L = _flash.replan(
-        windows, live_LP, *_recalled(state, len(live_LP)), _rules(topology, options), options.most_layers
+    replan, rules = _compiled(topology, options)
+    placement_LP, promised_L, print_L = replan(
+        windows, live_LP, *_recalled(state, len(live_LP)), rules, options.most_layers
     )
     return placement_LP, _ENCODER.encode(_State(STATE_VERSION, promised_L.tobytes(), print_L.tobytes()))
 
 
 @lru_cache(maxsize=16)
+def _compiled(topology: Topology, options: FlashLBOptions) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The kernel that plans, and the rules as a plain tuple: numba looks at the type of a named one longer than a calm layer takes."""
+    # numba takes a quarter of a second to import: the daemon, which only reads names and options, must not pay for it
+    from eplb_async.policies import _flash
+
+    return _flash.replan, tuple(_rules(topology, options))
+
+
 def _rules(topology: Topology, options: FlashLBOptions) -> "Rules":
     from eplb_async.policies._flash_work import Rules
 

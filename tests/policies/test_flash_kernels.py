@@ -128,7 +128,8 @@ def work_for(windows: Any, spec: MoESpec, **more: Any) -> tuple[_flash_work.Work
     windows_TLE = np.asarray(windows, dtype=np.float64)[:, None]
     rules = _rules(spec.topology, FlashLBOptions(**more))
     work = _flash_work.new_work.py_func(len(windows_TLE), spec.num_experts, rules)
-    read = _flash_work.read_shares.py_func(windows_TLE, 0, rules.num_ranks, work)
+    scale_LT = _flash_work.read_scales.py_func(windows_TLE, rules.num_ranks)
+    read = _flash_work.read_shares.py_func(windows_TLE, 0, scale_LT[0], work)
     _flash_work.read_statistics.py_func(work, read[0], rules.z_score)
     return work, rules, read
 
@@ -145,7 +146,10 @@ def test_worked_examples_of_shares() -> None:
     assert work.risk_E.tolist() == pytest.approx([2.414, 2.414], abs=1e-3)
     load_RT, counts = np.zeros((2, 2)), np.array([2, 1])
     shares = np.array([[1.5, 0.5], [0.5, 1.5]])
-    _flash_work.put_on_ranks(shares, 2, np.array([[0, 1], [0, -1]], dtype=np.int32), counts, load_RT)
+    assert _flash_work.read_scales.py_func(np.array([[[3.0, 1]], [[0, 0]], [[2, 6]]]), 2).tolist() == [
+        [0.5, np.inf, 0.25]
+    ]
+    _flash_work.put_on_ranks(shares, 2, np.array([[0, 1], [0, -1]], dtype=np.int32), counts, work.part_N, load_RT)
     assert load_RT.tolist() == [[1.25, 1.75], [0.75, 0.25]]
     assert _flash_work.mean_peak(load_RT, 2, np.zeros(2)) == 1.5
     assert _flash_work.heaviest_first(np.array([30.0, 40.0, 20.0, 30.0])).tolist() == [1, 0, 3, 2]
@@ -171,7 +175,9 @@ def test_worked_examples_of_the_search() -> None:
     assert _flash_search.reorder(rank_R, 3, np.array([4.0, 5.0, 5.0]), 2) == 3
     assert rank_R.tolist() == [0, 2, 1]
     counts, homes, at = np.zeros(2, np.int64), np.zeros(4, np.int64), np.zeros(3, np.int64)
-    assert not _flash.find_homes(np.array([[0, 1], [0, -1]], dtype=np.int32), counts, homes, at)
+    row_RS, last_E = np.array([[0, 1], [0, -1]], dtype=np.int32), np.zeros(2, np.int64)
+    assert not _flash_work.count_replicas(row_RS, counts, last_E)
+    _flash.find_homes(row_RS, counts, homes, at)
     assert (counts.tolist(), homes[:3].tolist(), at.tolist()) == ([2, 1], [0, 1, 0], [0, 2, 3])
 
 
@@ -184,7 +190,7 @@ def test_worked_examples_of_the_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
     work, rules, _ = work_for([[5, 4, 2, 1]], spec_of(4, 4, 2))
     work.row_RS[:] = [[0, 1], [2, 3]]
     counts = np.ones(4, dtype=np.int64)
-    _flash_work.put_on_ranks(work.share_ET, 1, work.row_RS, counts, work.load_RT)
+    _flash_work.put_on_ranks(work.share_ET, 1, work.row_RS, counts, work.part_N, work.load_RT)
     work.mean_R[:] = work.load_RT[:, 0]
     busiest = _flash_swaps.find_peaks(work.load_RT, work.mean_R, 1, np.zeros(2, dtype=np.int64), work.top_3T)
     find_swap = _flash_swaps.find_swap.py_func
@@ -204,7 +210,7 @@ def test_swaps_of_a_single_window_keep_ranks_even() -> None:
     work, _, _ = work_for([[6, 4, 3, 2, 1.8, 1.5, 1.5]], spec_of(7, 9, 3))
     work.row_RS[:] = [[0, 1, 2], [3, 4, 5], [0, 3, 6]]
     counts = np.array([2, 1, 1, 2, 1, 1, 1])
-    _flash_work.put_on_ranks(work.share_ET, 1, work.row_RS, counts, work.load_RT)
+    _flash_work.put_on_ranks(work.share_ET, 1, work.row_RS, counts, work.part_N, work.load_RT)
     work.mean_R[:] = work.load_RT[:, 0]
     _flash_swaps._read_slots.py_func(work, counts)
     busiest = _flash_swaps.find_peaks(work.load_RT, work.mean_R, 1, np.zeros(3, dtype=np.int64), work.top_3T)

@@ -11,7 +11,7 @@ from eplb_async.core.errors import ConfigError
 from eplb_async.core.placement import initial_placement, replica_count
 from eplb_async.core.score import par, rank_load, windows_par
 from eplb_async.core.spec import MoESpec
-from eplb_async.policies.frontier import FrontierOptions, _noise_par, _normalised, find_frontier
+from eplb_async.policies.frontier import FrontierOptions, _disagreement, _noise_par, _normalised, find_frontier
 from eplb_async.policies.registry import run_policy
 from eplb_async.testing import check_policy
 from tests.policies import twins
@@ -171,10 +171,19 @@ def test_normalised_windows() -> None:
     two = np.array([[[6.0, 2.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
     assert _normalised(two, 2, options).tolist() == [[[1.5, 1.5, 1.0], [0.5, 0.5, 1.0]], [[0.0] * 3, [0.0] * 3]]
     assert _normalised(two, 2, FrontierOptions(even_windows=0)).shape == (2, 2, 2)
-    many = np.random.default_rng(0).random((12, 3, 5))
+    many = 100 + np.random.default_rng(0).random((12, 3, 5))
     merged = many.reshape(4, 3, 3, 5).sum(axis=1)
     np.testing.assert_allclose(_normalised(many, 2, options), _normalised(merged, 2, options))
     assert _normalised(many[:10], 2, options).shape == (3, 5, 5)
+
+
+def test_windows_that_differ_much_are_trusted_less() -> None:
+    """The example of `_disagreement`, none where there is no load, and twice the even windows."""
+    differing = np.array([[[1.5, 0.5]], [[0.5, 1.5]]])
+    assert _disagreement(differing) == pytest.approx(0.25 * np.sqrt(2))
+    assert _disagreement(differing[:1].repeat(2, axis=0)) == 0
+    assert _disagreement(np.zeros((2, 1, 2))) == 0
+    assert _normalised(differing, 2, FrontierOptions(even_windows=1)).tolist() == [[[1.5, 0.5, 1, 1], [0.5, 1.5, 1, 1]]]
 
 
 def test_windows_beyond_the_most_are_summed() -> None:
@@ -340,8 +349,14 @@ def test_empty_slots_are_filled() -> None:
 
 
 def test_stays_where_it_has_arrived() -> None:
-    """Planned again for the same load, a placement that the policy made hardly moves: under a price it is not worth it."""
+    """Planned again for the same load, placements that the policy made hardly move: under a price it is seldom worth it.
+
+    Over many loads, because now and then a layer finds a better place from its new start, and then moves a tenth of its slots.
+    """
     spec = spec_of(64, 72, 8, layers=8)
-    windows_TLE = drifting(spec, 2, 11)
-    first = plan(windows_TLE, spec)
-    assert moved(plan(windows_TLE, spec, first), first, spec).sum() <= 0.01 * first.size
+    again = 0
+    for seed in range(20):
+        windows_TLE = drifting(spec, 2, seed)
+        first = plan(windows_TLE, spec)
+        again += int(moved(plan(windows_TLE, spec, first), first, spec).sum())
+    assert again <= 0.01 * 20 * spec.num_layers * spec.num_slots
