@@ -134,6 +134,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
         _at_least(self, 0, "min_gain", "exit_when_idle_s")
         _positive(self, "poll_interval_s", "discovery_interval_s", "plan_deadline_s", "policy_deadline_s")
+        _plain(self.policy_options)
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         if self.log_level not in levels:
             raise ValueError(f"`log_level` is {self.log_level!r}; it must be one of {', '.join(levels)}")
@@ -351,6 +352,12 @@ def _at_least(settings: msgspec.Struct, least: float, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) >= least:  # nan is not
             raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be at least {least}")
+
+
+def _plain(options: dict[str, Any]) -> None:
+    """They reach children and workers as JSON, which has no inf, nan or dates."""
+    if msgspec.json.decode(msgspec.json.encode(options)) != options:
+        raise ValueError("`policy_options` holds a number or date that JSON cannot hold (such as inf)")
 
 
 def _positive(settings: msgspec.Struct, *names: str) -> None:

@@ -263,7 +263,7 @@ class RankHook:
         parts, start = self._parts, time.perf_counter_ns()
         if not parts.exchange.repeat(self._step, self._step - parts.info.lag):
             return False
-        if not parts.reader.idle or parts.membership.board.abort >= self._agreement.generation:
+        if not parts.reader.idle or parts.membership.board.abort == self._agreement.generation:
             return False
         self._times[HookPhase.AGREE].add(time.perf_counter_ns() - start)
         return True
@@ -318,8 +318,8 @@ class RankHook:
             self._poll_committed()
         if not parts.stager.idle:
             self._poll_staged()
-        if parts.membership.board.abort >= agreement.generation:
-            self._fail(parts.membership.board.abort, "a daemon aborted it")
+        if parts.membership.board.abort == agreement.generation:  # of a later one: damaged, no daemon wrote it
+            self._fail(agreement.generation, "a daemon aborted it")
         if self._plan is not None:
             settings = parts.settings.hook
             if self._step - self._plan_step > settings.plan_deadline_steps:
