@@ -73,8 +73,7 @@ class RankHook:
         self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
         self._closed = ""
         self._context = StepContext(self.before_forward, self.after_forward, self._discard_step)
-        self._num_plans = self._num_drops = 0
-        self._failure = (0, "")
+        self._num_plans, self._num_drops, self._failure = 0, 0, (0, "")
         self._times = {phase: PhaseTimes() for phase in HookPhase}
 
     # size: the keyword arguments that design section 8 names, and four that are rarely used
@@ -225,6 +224,7 @@ class RankHook:
             bytes_pulled=stager.bytes_pulled,
             staging_bytes=self._parts.transfer.staging.num_bytes,
             draining=stager.orphaned,
+            pulls_abandoned=stager.pulls_abandoned,
             last_error="plan {}: {}".format(*self._failure) if self._failure[0] else "",
             times={phase.value: times.timing() for phase, times in self._times.items()},
         )

@@ -15,6 +15,7 @@ from eplb_async.shm.words import AgreementWords
 __all__ = ["BoardWatcher"]
 
 LOOK_S = 0.002
+DAMAGED_GENERATIONS = 40
 
 
 class BoardWatcher:
@@ -33,6 +34,7 @@ class BoardWatcher:
         self._trace: list[dict[str, Any]] = []
         self._sequence = self._abort = 0
         self._noted: set[int] = set()
+        self._damaged: set[int] = set()
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="board watcher", daemon=True)
         self._thread.start()
@@ -51,11 +53,17 @@ class BoardWatcher:
             self._trace.append({"event": event})
 
     def note_damage(self) -> None:
-        """Somebody is about to write to the board: the generations that may suffer are those that may be active soon."""
+        """Somebody is about to write to the board. A damaged plan stays there until the next one is posted, and each daemon that
+        finds it aborts the generation at hand: any of those that come may suffer."""
         with self._lock:
             self._look()
             first = self.generation
-            self._trace += [{"event": "damage", "generation": g} for g in range(first, first + 3)]
+            self._trace += [
+                {"event": "damage", "generation": g}
+                for g in range(first, first + DAMAGED_GENERATIONS)
+                if g not in self._damaged
+            ]
+            self._damaged |= set(range(first, first + DAMAGED_GENERATIONS))
 
     @property
     def generation(self) -> int:

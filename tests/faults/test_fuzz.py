@@ -42,9 +42,9 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, grou
 
 def test_short_run_finds_nothing(target: Target) -> None:
     """No input crashes, hangs, or is taken for what it is not; both outcomes occur, so the inputs are worth something."""
-    campaign = run(target, 600, seed=11)
+    campaign = run(target, 400, seed=11)
     assert campaign.findings == []
-    assert campaign.kinds["refused"] > 100
+    assert campaign.kinds["refused"] > 50
     assert len(campaign.kinds) > 1
 
 
