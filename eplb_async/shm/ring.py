@@ -156,10 +156,13 @@ class LoadRing:
     def read(self, most: int = 1 << 30) -> Batch:
         """All records since the last read, at most `most`. Only the daemon calls this; it never blocks the writer."""
         load, size = self._atomics.load_acquire, self.info.num_records
-        published = max(0, load(self._address + _PUBLISHED))
+        published = load(self._address + _PUBLISHED)
         taken = load(self._address + _TAKEN)
+        if not 0 <= published <= load(self._address + _RESERVED):
+            # damaged: the next record sets both right
+            published = taken = max(0, taken)
         if not 0 <= taken <= published:
-            # damaged, or read while `published` was, which the next record sets right: old records come once more
+            # damaged: old records come once more
             taken = max(0, published - size)
         first = max(taken, published - size)
         last = min(published, first + most)

@@ -33,7 +33,7 @@ from eplb_async.shm.launch import ensure_daemon
 from eplb_async.shm.segment import SHM_DIRECTORY, list_segments
 from tests.faults.harness import SPEC, expert_weights
 
-__all__ = ["Sample", "Soak", "app", "growth", "serve_fast"]
+__all__ = ["Sample", "Soak", "app", "growth", "run_soak", "serve_fast"]
 
 app = typer.Typer(add_completion=False)
 
@@ -115,10 +115,9 @@ def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def run_soak(
-    group: str, directory: Path, seconds: float, every_s: float, step_s: float, told: Callable[[Sample], None]
-) -> Soak:
-    """Serve for so long; ends all processes in order."""
+def run_soak(group: str, directory: Path, times: tuple[float, float, float], told: Callable[[Sample], None]) -> Soak:
+    """Serve, and end all processes in order. `times`: seconds in all, from one look to the next, and of a forward."""
+    seconds, every_s, step_s = times
     environ = {
         "EPLB_ASYNC_RUNTIME_DIR": str(directory),
         "EPLB_ASYNC_DAEMON_WINDOW_STEPS": "50",
@@ -203,7 +202,7 @@ def main(
         def told(sample: Sample) -> None:
             progress.update(task, completed=sample.at_s)
 
-        soak = run_soak(name, Path(directory), 60.0 * minutes, every, step_ms / 1e3, told)
+        soak = run_soak(name, Path(directory), (60.0 * minutes, every, step_ms / 1e3), told)
     left = [segment for segment, owner, _ in list_segments() if owner == name]
     soak.problems += [f"left in shared memory: {segment}" for segment in left]
     collect_garbage(name)
