@@ -57,6 +57,7 @@ SCENARIOS = [
     Scenario(
         "two nodes, every 2 steps, two plans", (0, 1), (BACK,), (FIRST, *SECOND), deadlines=1, aborts=False, every=2
     ),
+    Scenario("a pull hangs", (0, 0), ((0, 0, 1, -1),), ONE_SIDED[:1], deadlines=1, aborts=False, hangs=1),
     Scenario("three ranks on two nodes, lag 2", (0, 0, 1), ((0, 1, 2),), (ROTATE,), lag=2, deadlines=0, aborts=False),
 ]
 # explored with each step in three pieces and the newest words in the waiting rules, as real ranks do it
