@@ -114,6 +114,10 @@ class ChaosGroup:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, signal.SIGCONT)
+        for process, commands in zip(self.processes, self._commands, strict=True):
+            # those that wait for a command end by themselves, and remove their weights
+            commands.close()
+            process.join(10)
             process.kill()
             process.join()
         self.kill_daemon()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from eplb_async.rank.transfer.shm import LAYOUT
-from eplb_async.shm.gc import collect_garbage
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
 from tests.faults.chaos import problems_of, run_chaos, segments_of
@@ -37,5 +36,4 @@ def test_short_chaos(group: str, runtime_dir: Path) -> None:
         chaos.end_incarnation()
         assert any("rank 1 layer 0" in wrong for wrong in tally.wrong)
         assert any("999999" in violation for violation in tally.violations)
-    collect_garbage(group)
     assert segments_of(group) == []
