@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check format bench stress hammer clean
+.PHONY: help setup demo test test-slow test-gpu check format bench stress hammer chaos soak fuzz clean
 
 help:
 	@echo "make demo       serve a small MoE model, rebalance it live, and prove that nothing it computes changed"
@@ -18,6 +18,9 @@ help:
 	@echo "make bench      all benchmarks"
 	@echo "make stress     kill 100 daemons while ranks serve (3 minutes)"
 	@echo "make hammer     10 million publications against readers at full speed (1 minute)"
+	@echo "make chaos      1,000 random faults while ranks serve, everything checked after each (30 minutes or more)"
+	@echo "make soak       serve at a high step rate and see that nothing grows (1 hour)"
+	@echo "make fuzz       a million damaged inputs for each of four decoders (30 minutes)"
 	@echo "make clean      remove caches and build outputs (not $(VENV))"
 
 setup: $(STAMP)
@@ -63,6 +66,15 @@ stress: $(STAMP)
 
 hammer: $(STAMP)
 	@$(PY) scripts/hammer --publications 10000000
+
+chaos: $(STAMP)
+	@$(PY) scripts/chaos
+
+soak: $(STAMP)
+	@$(PY) scripts/soak
+
+fuzz: $(STAMP)
+	@for target in control plan settings traces; do $(PY) scripts/fuzz --target $$target || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -54,6 +54,8 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         copies_per_step: most copies issued in one step.
         plan_deadline_steps: a plan that is not done after so many steps is given up by the rank itself.
         plan_deadline_s: the same in seconds.
+        drain_deadline_s: pulls of a dropped plan that have not ended after this are given up, where the transfer can do that
+            (shared memory; not between nodes or on GPUs). No plan begins before.
         pull_bytes_in_flight: most bytes whose copies have been issued and have not ended.
         slow_step_ratio: no copies are issued in a step whose forward before it took more than this times the usual one of its
             phase; 0 issues in any step.
@@ -73,6 +75,7 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     copies_per_step: int = 32
     plan_deadline_steps: int = 10_000
     plan_deadline_s: float = 120.0
+    drain_deadline_s: float = 300.0
     pull_bytes_in_flight: int = 512 << 20
     slow_step_ratio: float = 1.5
     verify: Literal["all", "sample", "off"] = "all"
@@ -86,7 +89,7 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _at_least(self, 0, "staging_rows", "slow_step_ratio")
         if 0 < self.slow_step_ratio < 1:
             raise ValueError(f"`slow_step_ratio` is {self.slow_step_ratio}; it must be 0 or at least 1")
-        _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s")
+        _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s", "drain_deadline_s")
         if self.history < 2 * self.lag + 2:
             raise ValueError(f"`history` is {self.history}; words of lag {self.lag} need at least {2 * self.lag + 2}")
 
@@ -165,6 +168,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
         _at_least(self, 1, "budget_steps")
         _positive(self, "poll_interval_s", "discovery_interval_s", "plan_deadline_s", "policy_deadline_s")
+        _plain(self.policy_options)
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         if self.log_level not in levels:
             raise ValueError(f"`log_level` is {self.log_level!r}; it must be one of {', '.join(levels)}")
@@ -382,6 +386,12 @@ def _at_least(settings: msgspec.Struct, least: float, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) >= least:  # nan is not
             raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be at least {least}")
+
+
+def _plain(options: dict[str, Any]) -> None:
+    """They reach children and workers as JSON, which has no inf, nan or dates."""
+    if msgspec.json.decode(msgspec.json.encode(options)) != options:
+        raise ValueError("`policy_options` holds a number or date that JSON cannot hold (such as inf)")
 
 
 def _positive(settings: msgspec.Struct, *names: str) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "generation_of",
     "plan_digest",
     "position_of",
+    "validate_dispatch",
     "validate_entry",
 ]
 
@@ -198,6 +199,18 @@ def validate_entry(entry: PlanEntry, base_P: IntArray, spec: MoESpec, staging_ro
             f"{where}: rank {received_R.argmax()} receives {received_R.max()} rows, staging holds {staging_rows}"
         )
     _validate_tables(entry, row_P, spec, where)
+
+
+def validate_dispatch(entry: PlanEntry, spec: MoESpec) -> None:
+    """Check an entry's dispatch rows against its own row: all that can be checked without the row before it.
+
+    Raises:
+        PlanInvalid: they do not fit the model or the row; names the layer.
+    """
+    where = f"entry for layer {entry.layer}"
+    if len(entry.slots) != 4 * spec.num_slots:
+        raise PlanInvalid(f"{where}: a row of {len(entry.slots)} bytes does not fit the model")
+    _validate_tables(entry, entry.slot_to_expert_P, spec, where)
 
 
 def _validate_tables(entry: PlanEntry, row_P: IntArray, spec: MoESpec, where: str) -> None:

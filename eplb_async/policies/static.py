@@ -4,6 +4,7 @@ The file is read by `prepare_options`, before each plan, so a file that was repl
 the policy function itself stays pure.
 """
 
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from eplb_async.core.placement import validate_placement
 from eplb_async.core.spec import MoESpec, Topology
 from eplb_async.policies.base import Policy
 
-__all__ = ["POLICY", "StaticOptions", "StaticPlacement", "prepare_options", "read_placement", "static"]
+__all__ = ["DAMAGED", "POLICY", "StaticOptions", "StaticPlacement", "prepare_options", "read_placement", "static"]
+
+DAMAGED = (ValueError, EOFError, OverflowError, RuntimeError, SyntaxError, MemoryError, tokenize.TokenError)
+"""What numpy and JSON raise for an array that is cut off, tampered with, or of Python objects."""
 
 
 class StaticOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,7 +79,7 @@ def read_placement(path: Path, spec: MoESpec) -> NDArray[np.int32]:
         slots = _READERS[path.suffix](path)
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError) as error:
+    except DAMAGED as error:
         raise ConfigError(str(path), f"is not a placement: {error}") from error
     if slots.ndim == 1:
         slots = np.broadcast_to(slots, (spec.num_layers, len(slots)))

@@ -73,8 +73,7 @@ class RankHook:
         self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
         self._closed = ""
         self._context = StepContext(self.before_forward, self.after_forward, self._discard_step)
-        self._num_plans = self._num_drops = 0
-        self._failure = (0, "")
+        self._num_plans, self._num_drops, self._failure = 0, 0, (0, "")
         self._times = {phase: PhaseTimes() for phase in HookPhase}
 
     # size: the keyword arguments that design section 8 names, and four that are rarely used
@@ -225,6 +224,7 @@ class RankHook:
             bytes_pulled=stager.bytes_pulled,
             staging_bytes=self._parts.transfer.staging.num_bytes,
             draining=stager.orphaned,
+            pulls_abandoned=stager.pulls_abandoned,
             last_error="plan {}: {}".format(*self._failure) if self._failure[0] else "",
             times={phase.value: times.timing() for phase, times in self._times.items()},
         )
@@ -263,7 +263,7 @@ class RankHook:
         parts, start = self._parts, time.perf_counter_ns()
         if not parts.exchange.repeat(self._step, self._step - parts.info.lag):
             return False
-        if not parts.reader.idle or parts.membership.board.abort >= self._agreement.generation:
+        if not parts.reader.idle or parts.membership.board.abort == self._agreement.generation:
             return False
         self._times[HookPhase.AGREE].add(time.perf_counter_ns() - start)
         return True
@@ -318,8 +318,8 @@ class RankHook:
             self._poll_committed()
         if not parts.stager.idle:
             self._poll_staged()
-        if parts.membership.board.abort >= agreement.generation:
-            self._fail(parts.membership.board.abort, "a daemon aborted it")
+        if parts.membership.board.abort == agreement.generation:  # of a later one: damaged, no daemon wrote it
+            self._fail(agreement.generation, "a daemon aborted it")
         if self._plan is not None:
             settings = parts.settings.hook
             if self._step - self._plan_step > settings.plan_deadline_steps:

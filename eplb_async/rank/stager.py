@@ -1,7 +1,8 @@
 r"""Staging: pulling the incoming experts of the active plan beside the forward, entry by entry, within a budget per step.
 
     waiting -> pulling -> staged -> released        an entry; `staged` in plan order only
-                  \-> orphaned -> ended             its plan was dropped: its pulls must end before `committed` moves on
+                  \-> orphaned -> ended             its plan was dropped: its pulls must end before `committed` moves on,
+                             \-> abandoned -> ended  or be given up after a deadline, with all staging rows
 
 Copies are bounded per step in number and bytes, and in all by the bytes in flight: a device that is slow is not given more.
 
@@ -9,6 +10,8 @@ An entry starts when enough staging rows are free and, if an earlier entry chang
 committed that one (I12): its sources are live only then. Rows are free again when the own commit has ended (I13).
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +24,8 @@ from eplb_async.rank.transfer.base import Pull, Transfer
 from eplb_async.shm.words import Reduced
 
 __all__ = ["Incoming", "Stager"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Stager:
     """Staging of one rank. Only the thread that steps may call it.
 
     Attributes:
-        bytes_pulled, rows_pulled: since attach.
+        bytes_pulled, rows_pulled, pulls_abandoned: since attach.
         bytes_in_flight: of copies that were issued and have not ended.
     """
 
@@ -56,7 +61,8 @@ class Stager:
         self._incoming: deque[Incoming] = deque()
         self._staged: dict[int, Incoming] = {}
         self._orphans: list[Incoming] = []
-        self.bytes_pulled = self.rows_pulled = self.bytes_in_flight = 0
+        self._orphaned_since_s = 0.0
+        self.bytes_pulled = self.rows_pulled = self.bytes_in_flight = self.pulls_abandoned = 0
 
     @property
     def idle(self) -> bool:
@@ -108,7 +114,7 @@ class Stager:
 
     def poll(self) -> tuple[int, Exception | None]:
         """(position up to which entries are staged, 0 for none; the error of a pull that failed, if any)."""
-        self._orphans = [orphan for orphan in self._orphans if not self._ended(orphan)]
+        self._drain()
         position, error = 0, None
         for incoming in self._incoming:
             while incoming.copies and incoming.copies[0].done:
@@ -144,7 +150,27 @@ class Stager:
             self._free += self._staged.pop(position).rows
         self._orphans += self._incoming
         self._incoming.clear()
+        self._orphaned_since_s = time.monotonic()
+        self._drain()
+
+    def _drain(self) -> None:
+        """See which pulls of dropped plans have ended, and give up those that do not end.
+
+        A pull that was given up may read slots that commits overwrite, and write its rows. Neither does harm: nobody looks at
+        what it copies, and its rows are none of ours any more. On this rank nothing else is staged then: no plan begins
+        before this one has drained.
+        """
         self._orphans = [orphan for orphan in self._orphans if not self._ended(orphan)]
+        limit_s = self._settings.drain_deadline_s
+        if not self._orphans or time.monotonic() - self._orphaned_since_s <= limit_s or self._staged or self._incoming:
+            return
+        if not self._transfer.abandon():
+            return
+        hung = sum(len(orphan.copies) for orphan in self._orphans)
+        log.error("%d pulls of a dropped plan have not ended after %g s: given up", hung, limit_s)
+        self.pulls_abandoned += hung
+        self.bytes_in_flight, self._orphans = 0, []
+        self._free = list(range(self._transfer.staging.num_rows))
 
     def _to_issue(self, plan: PreparedPlan, all_committed: int) -> Incoming | None:
         """The entry to issue copies for, the next one of the plan if that may begin; None if there is nothing to issue."""

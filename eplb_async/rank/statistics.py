@@ -42,6 +42,7 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
         rows_pulled, bytes_pulled: since attach.
         staging_bytes: memory for staging rows.
         draining: pulls of a dropped plan still run; the next plan waits for them on all ranks.
+        pulls_abandoned: that did not end after their plan was dropped, and were given up; since attach.
         last_error: why this rank last asked for a drop, or "".
         times: per phase of the hook; COMMIT only over steps that committed or dropped something, POLL and ISSUE only over those in
             which anything was to be done.
@@ -57,6 +58,7 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
     bytes_pulled: int
     staging_bytes: int
     draining: bool
+    pulls_abandoned: int
     last_error: str
     times: dict[str, Timing]
 

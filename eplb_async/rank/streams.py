@@ -62,6 +62,10 @@ class HostStream:
         if self._thread.is_alive():
             raise TimeoutError(f"{self._thread.name}: a job runs for more than {CLOSE_DEADLINE_S:g} s")
 
+    def leave(self) -> None:
+        """End once the queued jobs have; nobody waits for that."""
+        self._jobs.put(None)
+
     def _run(self) -> None:
         while (item := self._jobs.get()) is not None:
             job, completion = item

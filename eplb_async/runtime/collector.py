@@ -110,6 +110,11 @@ class Collector:
         reader = self._readers[rank]
         # records may wait for a placement that does not become certain: then rather leave new ones in the ring
         room = reader.ring.info.num_records - sum(len(batch.step) for batch in reader.waiting)
+        if room <= 0:
+            # nor for ever: a version that was damaged never comes, and no plan is made without this rank's load
+            reader.unfolded += (given_up := len(reader.waiting[0].step))
+            reader.folded_step = int(reader.waiting.popleft().step[-1])
+            room = given_up
         batch = reader.ring.read(max(0, min(READ_AT_ONCE, room)))
         num_read = len(batch.step)
         self._count_lost(reader, batch.lost)

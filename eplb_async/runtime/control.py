@@ -127,6 +127,8 @@ class ControlServer:
             if call is None:
                 await _swallow(reader)
                 return
+            # requests that have all come already would hold the event loop until the last is answered
+            await asyncio.sleep(0)
 
     async def _answer(self, call: Call) -> AnswerLine:
         try:

@@ -31,6 +31,7 @@ __all__ = [
     "Rebalance",
     "Reload",
     "Resume",
+    "ShadowStatus",
     "Status",
     "Stop",
     "decode_call",
@@ -203,7 +204,8 @@ def decode_call(line: bytes) -> tuple[Call | None, AnswerLine | None]:
                 number, ControlError(f"version {head.version} is not spoken here; use version {VERSION}")
             )
         return _decoder.decode(line), None
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    # UnicodeDecodeError: msgspec's for bytes in a string that are no UTF-8
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         needed = "one JSON object per line with version, id and method"
         return None, refusal(number, ControlError(f"not a request: {error}; needed {needed}"))
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from eplb_async.core.errors import ConfigError
 from eplb_async.core.spec import MoESpec
-from eplb_async.policies.static import read_placement
+from eplb_async.policies.static import DAMAGED, read_placement
 
 __all__ = ["STANDARD_INPUT", "check_writable", "read_loads", "read_map", "write_map"]
 
@@ -35,7 +35,7 @@ COUNTS = "counts"
 
 _NPZ, _NPY = b"PK", b"\x93NUMPY"
 _LISTS: dict[int, Any] = {1: list[float], 2: list[list[float]], 3: list[list[list[float]]]}
-_DAMAGED = (ValueError, OSError, EOFError, KeyError, SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (*DAMAGED, OSError, KeyError, zipfile.BadZipFile, zlib.error)
 """What numpy raises for an archive or array that is cut off, tampered with, or of Python objects."""
 
 

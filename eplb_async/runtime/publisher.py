@@ -19,7 +19,15 @@ from dataclasses import dataclass
 
 from eplb_async.core.clock import Clock
 from eplb_async.core.errors import InternalError, PlanInvalid, SegmentRefused
-from eplb_async.core.plan import Plan, counter, decode_plan, encode_plan, generation_of, position_of
+from eplb_async.core.plan import (
+    Plan,
+    counter,
+    decode_plan,
+    encode_plan,
+    generation_of,
+    position_of,
+    validate_dispatch,
+)
 from eplb_async.runtime.live_dispatch import LiveDispatch
 from eplb_async.runtime.row_history import RowHistory
 from eplb_async.shm.board import PlanBoard
@@ -86,6 +94,7 @@ class Publisher:
         quiet = all(word.staged == committed and word.committed == committed for word in words)
         if self.active is not None or not quiet or position_of(committed):
             return None
+        self._repair_abort(generation)
         if self._on_board >= generation or self._board.abort >= generation:
             return None
         return generation
@@ -172,9 +181,16 @@ class Publisher:
             why="" if finished else active.abort_reason or "dropped by the ranks",
         )
 
+    def _repair_abort(self, generation: int) -> None:
+        """No daemon aborts a generation before its number has come; ranks ignore such a word, and plans would wait for ever."""
+        if not 0 <= (abort := self._board.abort) <= generation:
+            logger.error("the abort word was damaged: it names generation %d, the ranks stand at %d", abort, generation)
+            self._board.repair_abort(generation - 1)
+
     def _abort_what_was_left(self) -> Plan | None:
         """The plan that an earlier daemon left on the board, if it can be read, aborted if it is not over."""
         generation = generation_of(self.committed)
+        self._repair_abort(generation)
         try:
             posted = self._board.read()
         except PlanInvalid as error:
@@ -184,12 +200,18 @@ class Publisher:
             return None
         if posted is None:
             return None
+        if posted.generation > generation:
+            # not by the rules: no rank can hold it, so it is no reason to wait
+            logger.error("the board holds generation %d, the ranks stand at %d", posted.generation, generation)
+            return None
         self._on_board = posted.generation
-        if posted.generation >= generation:
+        if posted.generation == generation:
             logger.warning("generation %d of an earlier daemon is not over: aborted", posted.generation)
             self._board.order_abort(posted.generation)
         try:
             plan = decode_plan(posted.data)
+            for entry in plan.entries:
+                validate_dispatch(entry, self._live.spec)
         except PlanInvalid as error:
             logger.warning("the plan of an earlier daemon cannot be read: %s", error)
             return None

@@ -112,6 +112,10 @@ class PlanBoard:
         if generation > self.abort:
             self._atomics.store_release(self._address + _ABORT, generation)
 
+    def repair_abort(self, generation: int) -> None:
+        """Set the abort word back to what a daemon can have written; the daemon only, of generations that are over."""
+        self._atomics.store_release(self._address + _ABORT, generation)
+
     def read(self) -> Posted | None:
         """The plan on the board; None if there is none, or it is being written.
 

@@ -158,6 +158,12 @@ class LoadRing:
         load, size = self._atomics.load_acquire, self.info.num_records
         published = load(self._address + _PUBLISHED)
         taken = load(self._address + _TAKEN)
+        if not 0 <= published <= load(self._address + _RESERVED):
+            # damaged: the next record sets both right
+            published = taken = max(0, taken)
+        if not 0 <= taken <= published:
+            # damaged: old records come once more
+            taken = max(0, published - size)
         first = max(taken, published - size)
         last = min(published, first + most)
         places = np.arange(first, last) % size

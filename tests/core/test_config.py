@@ -335,3 +335,12 @@ def test_the_environment_leaves_the_given_defaults_alone() -> None:
     assert load_settings(environ={"EPLB_ASYNC_HOOK_LAG": "5"}, defaults=defaults).hook.lag == 5
     assert defaults == {"hook": {"lag": 3}}
     assert load_settings(environ={}, defaults=defaults).hook.lag == 3
+
+
+@pytest.mark.parametrize("value", ["inf", "[1, nan]", "2026-01-02", "{ at = 07:30:00 }"])
+def test_policy_options_that_json_cannot_hold_are_refused(tmp_path: Path, value: str) -> None:
+    """They go to child processes as JSON, where inf would arrive as null and a date as text."""
+    path = tmp_path / "settings.toml"
+    path.write_text(f"[daemon.policy_options]\nlimit = {value}\n")
+    with pytest.raises(ConfigError, match=r"policy_options.*JSON"):
+        load_settings(path, environ={})

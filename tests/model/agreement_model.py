@@ -45,6 +45,20 @@ SCENARIOS = [
     Scenario(
         "two nodes, forked, every 2 steps", (0, 1), (BACK, BACK), FORK, deadlines=1, aborts=False, forked=True, every=2
     ),
+    Scenario("crash and aborts, two plans", (0, 0), (BACK,), (FIRST, *SECOND), crashes=1, deadlines=1),
+    Scenario("a rank loses its peer", (0, 0), (BACK,), (FIRST,), deadlines=1, aborts=False, losses=1),
+    Scenario("one of three loses its peers", (0, 0, 0), ((0, 1, 2),), (ROTATE,), deadlines=0, aborts=False, losses=1),
+    Scenario("two nodes, a rank loses its peer", (0, 1), (BACK,), (FIRST,), deadlines=1, aborts=False, losses=1),
+    Scenario("a pull hangs, two plans", (0, 0), ((0, 0, 1, -1),), ONE_SIDED, deadlines=2, aborts=False, hangs=1),
+    Scenario(
+        "a pull hangs, then one with pulls", (0, 0), (BACK,), (FIRST, *SECOND), deadlines=2, aborts=False, hangs=1
+    ),
+    Scenario("two nodes, reduced every 3 steps", (0, 1), (BACK,), (FIRST,), deadlines=1, aborts=False, every=3),
+    Scenario(
+        "two nodes, every 2 steps, two plans", (0, 1), (BACK,), (FIRST, *SECOND), deadlines=1, aborts=False, every=2
+    ),
+    Scenario("a pull hangs", (0, 0), ((0, 0, 1, -1),), ONE_SIDED[:1], deadlines=1, aborts=False, hangs=1),
+    Scenario("three ranks on two nodes, lag 2", (0, 0, 1), ((0, 1, 2),), (ROTATE,), lag=2, deadlines=0, aborts=False),
 ]
 # explored with each step in three pieces and the newest words in the waiting rules, as real ranks do it
 FINE = [
@@ -70,6 +84,10 @@ VARIANTS = {
     "short_history": (6, "the ring holds 2 lag + 1 steps"),
     "local_words": (8, "a rank decides on the newest words of its own node and the reduced ones of the others"),
     "vector_when_it_comes": (9, "a rank decides on a reduced vector as soon as it has it"),
+    "forward_after_loss": (12, "a rank that lost its peer runs that forward with the map that it has"),
+    "no_giving_up": (15, "a rank waits for ever for a pull of a dropped plan that does not end"),
+    "give_up_early": (15, "a rank gives a pull up whose plan was not dropped"),
+    "rows_kept": (16, "the rows of a pull that was given up are used again"),
 }
 
 

@@ -8,6 +8,7 @@ from tests.model.states import (
     DECIDED,
     IDLE,
     LOOKED,
+    LOST,
     NO_PLAN,
     PUBLISHED,
     UNLIMITED,
@@ -29,12 +30,14 @@ def rank_actions(model: Model, state: State) -> Iterator[Action]:
     """What ranks and their devices may do next, as (label, function to the next state)."""
     for r, rank in enumerate(state.ranks):
         yield from _host_actions(model, state, r, rank)
-        if rank.pull:
+        if rank.pull and not rank.hung:
             label = f"rank {r}: pull of entry {rank.pull[1]} of plan {rank.pull[0]} completes"
             yield label, partial(model.finish_pull, state, r)
         if rank.commits:
             yield f"rank {r}: commit {rank.commits[0]} runs on the device", partial(model.run_commit, state, r)
-        yield from _failures(model, state, r, rank)
+        if rank.phase != LOST:
+            yield from _failures(model, state, r, rank)
+        yield from _ends(model, state, r, rank)
 
 
 def _host_actions(model: Model, state: State, r: int, rank: Rank) -> Iterator[Action]:
@@ -59,9 +62,29 @@ def _failures(model: Model, state: State, r: int, rank: Rank) -> Iterator[Action
     if can_give_up and state.deadlines and not spent:
         late = state._replace(ranks=replaced(state.ranks, r, failed), deadlines=state.deadlines - limited)
         yield f"rank {r} gives the plan up (deadline)", lambda: late
-    if rank.pull and state.failures and rank.pull[0] == rank.plan:
+    if rank.pull and state.failures and rank.pull[0] == rank.plan and not rank.hung:
         ranks = replaced(state.ranks, r, failed._replace(pull=None))
         yield f"rank {r}: pull fails", lambda: state._replace(ranks=ranks, failures=state.failures - 1)
+
+
+def _ends(model: Model, state: State, r: int, rank: Rank) -> Iterator[Action]:
+    """Lost peers, and pulls that hang."""
+    if rank.phase != LOST:
+        waits = rank.phase == PUBLISHED and not model.words_there(state, r)
+        # at first at any moment, as a kill comes; whoever is left finds out when a word does not come
+        whenever = state.losses and (rank.phase == PUBLISHED or model.broken != "forward_after_loss")
+        if whenever or (model.somebody_lost(state) and waits):
+            yield f"rank {r} loses a peer", lambda: model.lose_peer(state, r)
+    if rank.pull and state.hangs and not rank.hung:
+        hung = replaced(state.ranks, r, rank._replace(hung=True))
+        yield (
+            f"rank {r}: the pull of entry {rank.pull[1]} hangs",
+            lambda: state._replace(ranks=hung, hangs=state.hangs - 1),
+        )
+    if rank.phase != LOST and model.may_give_up(rank) and model.broken != "no_giving_up":
+        yield f"rank {r} gives its pull up", lambda: model.give_up(state, r)
+    if rank.adrift:
+        yield f"rank {r}: a pull that was given up ends", lambda: model.end_adrift(state, r)
 
 
 def daemon_actions(model: Model, state: State) -> Iterator[Action]:
@@ -111,7 +134,9 @@ def _options(model: Model, state: State, generation: int) -> list[int]:
 
 
 def quiet(model: Model, state: State) -> bool:
-    """No plan is active anywhere, and all ranks agree on that."""
+    """No plan is active anywhere, and all ranks agree on that; or no rank goes on in this incarnation."""
+    if all(rank.phase == LOST for rank in state.ranks):
+        return True
     now = state.ranks[0].decided
     on_boards = [model.case.plans[board.plan].generation for board in state.boards if board.plan >= 0]
     if position_of(now) or any(counter(generation, 0) >= now for generation in on_boards):

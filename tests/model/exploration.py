@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 from tests.model.choices import daemon_actions, quiet, rank_actions
 from tests.model.rules import Model, Violation
-from tests.model.states import State
+from tests.model.states import LOST, State
 
 __all__ = ["Outcome", "explore"]
 
-HOST_STEPS = ("publishes its word", "decides", "looks", "steps")
+HOST_STEPS = ("publishes its word", "decides", "looks", "steps", "loses a peer")
 
 
 class Outcome(NamedTuple):
@@ -48,9 +48,10 @@ def explore(model: Model) -> Outcome:
     """All states that can be reached. (e): in each the slowest rank can step, and ranks alone can reach a quiet state."""
     graph = _Graph(model.initial())
     for i, state in enumerate(graph.states):  # grows while we walk it: breadth first
-        slowest = min((rank.ahead, rank.phase, r) for r, rank in enumerate(state.ranks))[2]
+        going_on = [(rank.ahead, rank.phase, r) for r, rank in enumerate(state.ranks) if rank.phase != LOST]
+        slowest = min(going_on)[2] if going_on else -1
         wanted = {f"rank {slowest} {step}" for step in HOST_STEPS}
-        could_step = False
+        could_step = not going_on
         for by_rank, actions in ((True, rank_actions(model, state)), (False, daemon_actions(model, state))):
             for label, apply in actions:
                 try:

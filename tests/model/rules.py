@@ -21,6 +21,7 @@ from tests.model.states import (
     FIRST_COUNTER,
     IDLE,
     LOOKED,
+    LOST,
     NO_PLAN,
     PUBLISHED,
     Board,
@@ -79,7 +80,8 @@ class Model:
         )
         words = ((Word(first, first, 0, NO_PLAN),) * self.kept,) * self.num_ranks
         budgets = self.case.crashes, self.case.failures, self.case.deadlines
-        return State(ranks, words, (), (Board(),) * len(self.members), *budgets)
+        boards = (Board(),) * len(self.members)
+        return State(ranks, words, (), boards, *budgets, losses=self.case.losses, hangs=self.case.hangs)
 
     def fault(self, text: str) -> None:
         """A property does not hold here."""
@@ -240,6 +242,7 @@ class Model:
         elif forwards[step] != forward:
             self.fault("(f) ranks disagree on the counters of one step")
         ranks = replaced(state.ranks, index, rank._replace(ahead=step + 1, phase=IDLE))
+        # also one that is lost: nobody gets far beyond its last word
         slowest = min(other.ahead for other in ranks)
         if slowest:
             ranks = tuple(other._replace(ahead=other.ahead - slowest) for other in ranks)
@@ -250,6 +253,51 @@ class Model:
     def act(self, state: State, index: int) -> State:
         """Decide, look and forward in one piece."""
         return self.run_forward(self.look(self.decide_step(state, index), index), index)
+
+    # -- ends of an incarnation, and transfers that do not end ---------------------------------------------------------
+
+    def lose_peer(self, state: State, index: int) -> State:
+        """I3: a word did not come in time, or the rank itself dies. It runs no forward any more, with either map."""
+        rank = state.ranks[index]
+        ranks = replaced(state.ranks, index, rank._replace(phase=LOST))
+        lost = state._replace(ranks=ranks, losses=state.losses - (not self.somebody_lost(state)))
+        if self.broken == "forward_after_loss":
+            ran = self.run_forward(state, index)
+            return ran._replace(ranks=replaced(ran.ranks, index, ran.ranks[index]._replace(phase=LOST)), losses=0)
+        return lost
+
+    @staticmethod
+    def somebody_lost(state: State) -> bool:
+        """The incarnation has begun to end."""
+        return any(rank.phase == LOST for rank in state.ranks)
+
+    def may_give_up(self, rank: Rank) -> bool:
+        """The pull in flight is of a dropped plan, and no commit of it runs any more."""
+        stale = rank.pull and self.case.plans[rank.pull[0]].generation < generation_of(rank.decided)
+        early = rank.pull is not None and self.broken == "give_up_early"
+        return bool((stale or early) and rank.hung and not rank.commits)
+
+    def give_up(self, state: State, index: int) -> State:
+        """The hung pull gets other rows than any later one: so it holds nothing back (rows given up are not rows of ours)."""
+        rank = state.ranks[index]
+        assert rank.pull is not None
+        adrift = (*rank.adrift, rank.pull)
+        if self.broken == "give_up_early" and rank.plan == rank.pull[0]:
+            staged = counter(self.case.plans[rank.plan].generation, rank.pull[1])
+            rank = rank._replace(staged=staged, rows=(*rank.rows, (rank.pull, (-1,))))
+        rank = self.settle(rank._replace(pull=None, hung=False, adrift=adrift))
+        return state._replace(ranks=replaced(state.ranks, index, rank))
+
+    def end_adrift(self, state: State, index: int) -> State:
+        """A pull that was given up ends after all: what it copied goes to rows that nobody has."""
+        rank = state.ranks[index]
+        plan, position = rank.adrift[0]
+        layer = self.case.plans[plan].entries[position - 1][0]
+        rank = rank._replace(adrift=rank.adrift[1:])
+        if self.broken == "rows_kept" and rank.rows:
+            content = tuple(self.held(state, layer, p) for p, _ in self.moves[plan, position, index])
+            rank = rank._replace(rows=(*rank.rows[:-1], (rank.rows[-1][0], content)))
+        return state._replace(ranks=replaced(state.ranks, index, rank))
 
     # -- a rank's device ----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ __all__ = [
     "FIRST_COUNTER",
     "IDLE",
     "LOOKED",
+    "LOST",
     "NO_PLAN",
     "PUBLISHED",
     "UNLIMITED",
@@ -35,7 +36,7 @@ GENERATION = 1 << 16
 
 NO_PLAN = -1
 UNLIMITED = 99
-IDLE, PUBLISHED, DECIDED, LOOKED = range(4)
+IDLE, PUBLISHED, DECIDED, LOOKED, LOST = range(5)
 
 Map = tuple[int, ...]
 Entry = tuple[int, int]
@@ -84,7 +85,9 @@ class Scenario(NamedTuple):
     Fields: node of each rank, first maps, plans (several of one generation are alternatives for the daemon), lag, staging row
     sets per rank; budgets of daemon crashes (one may tear the board), failing pulls and given-up plans (UNLIMITED: any
     number); whether daemons abort; whether daemons of two nodes may publish different plans of one generation; steps from
-    one reduction of the words to the next (k of design I7; 1 with shared memory).
+    one reduction of the words to the next (k of design I7; 1 with shared memory); losses: ranks that die, or give their peers
+    up although these live (PeerLost on one rank only); hangs: pulls that do not end unless their rank gives them up, after their
+    plan was dropped.
     """
 
     name: str
@@ -99,6 +102,8 @@ class Scenario(NamedTuple):
     aborts: bool = True
     forked: bool = False
     every: int = 1
+    losses: int = 0
+    hangs: int = 0
 
 
 class Word(NamedTuple):
@@ -115,7 +120,8 @@ class Rank(NamedTuple):
 
     ahead: its step relative to the slowest rank; phase: see the module's docstring; decided: entries applied or dropped by
     the host; staged, committed: device-complete; pull: the entry being copied; rows: (entry, experts) in staging; commits:
-    issued but not executed; slots: per layer the experts really held on the device; maps: per layer what the device uses now.
+    issued but not executed; slots: per layer the experts really held on the device; maps: per layer what the device uses now;
+    hung: the pull does not end; adrift: entries whose pulls were given up and may still run.
     """
 
     ahead: int
@@ -130,6 +136,8 @@ class Rank(NamedTuple):
     commits: tuple[Entry, ...]
     slots: tuple[Map, ...]
     maps: tuple[Map, ...]
+    hung: bool = False
+    adrift: tuple[Entry, ...] = ()
 
 
 class Board(NamedTuple):
@@ -154,3 +162,5 @@ class State(NamedTuple):
     failures: int
     deadlines: int
     residue: int = 0
+    losses: int = 0
+    hangs: int = 0

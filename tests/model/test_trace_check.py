@@ -19,6 +19,10 @@ NOT_IN_TRACES = {
     "board_reused_early": "a board's event can be put later; what breaks is a queued copy from the board",
     "no_drain": "pulls of a dropped plan leave no event",
     "no_rank_deadline": "liveness: nothing that happens is wrong, something never happens",
+    "forward_after_loss": "a rank that goes on after PeerLost shows as a forward without its decision; walks lose no peers",
+    "no_giving_up": "liveness; walks have no pulls that hang",
+    "give_up_early": "walks have no pulls that hang; the bytes are wrong",
+    "rows_kept": "walks have no pulls that hang; the bytes are wrong",
     "short_history": "memory of the words: the reader is slow, the values are right",
 }
 # what the checker says of the others, in at least one of their walks

@@ -28,12 +28,12 @@ from tests.model.states import Scenario, generation_of
 from tests.model.trace_events import Event, MalformedTrace, direct_findings, packed, plans_of
 from tests.model.trace_rules import NotNow, Point, TraceModel, Wrong
 
-__all__ = ["Verdict", "check_traces"]
+__all__ = ["MAX_POINTS", "Search", "Verdict", "check_traces"]
 
 MAX_POINTS = 200_000
 """Points after which a search is given up: traces of a few thousand events need about one point for each."""
 
-ALONE = {"decide", "forward", "error", "abort", "crash", "restart"}
+ALONE = {"decide", "forward", "error", "abort", "crash", "restart", "damage"}
 """Events whose success cannot be undone by those of another process, and which can undo none: each reads only what grows
 (words, aborts, published generations) and writes only its own process."""
 
@@ -65,26 +65,30 @@ class Verdict:
         return "\n".join([f"rejected after {self.taken} events", *self.findings, *self.stuck])
 
 
-class _Search:
-    """Depth first over points, each visited once."""
+class Search:
+    """Depth first over points, each visited once; from `first` if that is given, whose positions count in these traces.
 
-    def __init__(self, rules: TraceModel, traces: list[list[Event]]) -> None:
+    Attributes:
+        best: after an accepted run the point at which all events are taken.
+    """
+
+    def __init__(self, rules: TraceModel, traces: list[list[Event]], first: Point | None = None) -> None:
         self.rules, self.traces = rules, traces
         self.names = [f"rank {r}" for r in range(rules.model.num_ranks)]
         self.names += [f"daemon {n}" for n in range(len(traces) - rules.model.num_ranks)]
-        self.best = rules.first()
+        self.first = self.best = rules.first() if first is None else first
         self.num_points = 0
 
     def run(self) -> bool:
         """True when all events could be taken."""
-        first = self.rules.first()
-        stack, seen = [first], {first}
+        stack, seen = [self.first], {self.first}
         while stack and self.num_points < MAX_POINTS:
             point = stack.pop()
             self.num_points += 1
             if sum(point.positions) > sum(self.best.positions):
                 self.best = point
             if all(position == len(trace) for position, trace in zip(point.positions, self.traces, strict=True)):
+                self.best = point
                 return True
             following = [after for after in self.successors(point) if after not in seen]
             seen.update(following)
@@ -166,7 +170,7 @@ def check_traces(  # size: the parameters are the traces and the case, each once
     plans = plans_of(daemon_trace, start)
     scenario = Scenario("recorded", places, start, plans.plans, lag=lag, rows=rows, every=every)
     daemons = [[event for event in daemon_trace if event.get("node", 0) == n] for n in range(max(places) + 1)]
-    search = _Search(TraceModel(scenario, plans), [*map(list, rank_traces), *daemons])
+    search = Search(TraceModel(scenario, plans), [*map(list, rank_traces), *daemons])
     findings = direct_findings(rank_traces)
     accepted = search.run()
     if search.num_points >= MAX_POINTS:

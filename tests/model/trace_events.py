@@ -19,6 +19,8 @@ finished or dropped reads [g + 1, 0].
     board     plan generation base entries                  it publishes this plan; base and entries: [[layer, [expert, ...]], ...]
     abort     generation
     crash, restart                                          written by whoever kills and starts it
+    damage    generation                                    somebody else wrote to the board, before: from now on this
+                                                            generation may fail, be refused or be aborted without a plan
 """
 
 from collections.abc import Iterable, Sequence

@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
     positions: events taken from each trace, ranks first; base: step of the slowest rank; versions: per layer; epochs: per
     rank and layer how many commits it decided; published: generations that any board has held; writing: per node how sure it
-    is that the board holds the announced plan (one of the states below).
+    is that the board holds the announced plan (one of the states below); damaged: generations that may fail without a plan.
     """
 
     positions: tuple[int, ...]
@@ -57,6 +57,7 @@ class Point(NamedTuple):
     epochs: tuple[tuple[int, ...], ...]
     published: frozenset[int]
     writing: tuple[int, ...]
+    damaged: frozenset[int] = frozenset()
 
     def with_rank(self, index: int, rank: Rank) -> "Point":
         """The same with another rank."""
@@ -193,7 +194,8 @@ class TraceModel:
         if event["generation"] != generation_of(rank.decided) or position_of(rank.decided) or rank.plan >= 0:
             raise Wrong("the rank is not between plans, or its `decided` is of another generation")
         board = point.state.boards[self.model.case.nodes[r]]
-        if board.plan < 0 or self.model.case.plans[board.plan].generation != event["generation"]:
+        held = board.plan >= 0 and self.model.case.plans[board.plan].generation == event["generation"]
+        if not held and event["generation"] not in point.damaged:
             raise NotNow("the board holds no plan of this generation")
         return point.with_rank(r, rank._replace(error=max(rank.error, event["generation"])))
 
@@ -278,8 +280,11 @@ class TraceModel:
     def _daemon(self, point: Point, node: int, event: Event) -> Point:
         board, kind = point.state.boards[node], event["event"]
         writing = point.writing[node]
-        if kind not in ("board", "abort", "crash", "restart"):
+        if kind not in ("board", "abort", "crash", "restart", "damage"):
             raise Wrong(f"a daemon has no event {kind!r}")
+        if kind == "damage":
+            marked = {event["generation"]}
+            return point._replace(published=point.published | marked, damaged=point.damaged | marked)
         if kind in ("board", "abort") and not board.alive:
             raise Wrong("the daemon is dead")
         if kind == "board":

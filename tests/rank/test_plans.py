@@ -217,6 +217,20 @@ def test_an_abort_drops_what_is_not_done(group: str, runtime_dir: Path) -> None:
         daemon.close()
 
 
+@pytest.mark.parametrize("bit", [3, 41, 62, 63])
+def test_a_damaged_abort_word_is_no_abort(group: str, runtime_dir: Path, bit: int) -> None:
+    """No daemon aborts a generation before its number has come: such a word is ignored, and plans go on beside it."""
+    with RankGroup(group, PAIR, hook_settings(runtime_dir)) as ranks:
+        ranks.attach()
+        daemon = Publisher(group, PAIR)
+        daemon.board.segment.array(np.uint64, (9,))[8] ^= np.uint64(1 << bit)
+        commit_next(ranks, daemon)
+        ranks.step(20)
+        assert daemon.counters() == [(2, 0)] * 2
+        assert ranks.all("statistics_of", "num_drops") == [0, 0]
+        daemon.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [({"plan_deadline_steps": 30}, "not done after 30 steps"), ({"plan_deadline_s": 0.05}, "not done after 0.05 s")],

@@ -164,3 +164,62 @@ def test_a_drop_keeps_the_rows_of_running_commits(transfer: HeldTransfer) -> Non
     stager.release(1)
     stager.issue(counter(2, 0))
     assert len(transfer.pulls) == 7
+
+
+def test_pulls_that_do_not_end_are_given_up(transfer: HeldTransfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the deadline they hold nothing back; the next plan has all rows, which are others."""
+    stager = stager_of(transfer, drain_deadline_s=10.0, pull_bytes_in_flight=2 * ROW_BYTES)
+    now_s, asked = 100.0, list[float]()
+
+    def abandon() -> bool:
+        asked.append(now_s)
+        return True
+
+    monkeypatch.setattr("eplb_async.rank.stager.time.monotonic", lambda: now_s)
+    monkeypatch.setattr(transfer, "abandon", abandon)
+    stager.start(prepared((0, 2)))
+    stager.issue(FIRST_COUNTER)
+    stager.drop([])
+    now_s = 109.0
+    stager.poll()
+    assert stager.orphaned
+    now_s = 111.0
+    stager.poll()
+    assert (stager.orphaned, stager.pulls_abandoned, stager.bytes_in_flight, asked) == (False, 2, 0, [111.0])
+    stager.start(prepared((0, 2), (1, 2), generation=2))
+    stager.issue(counter(2, 0))
+    for *_, completion in transfer.pulls:
+        completion.done = True
+    assert stager.poll() == (1, None)
+    stager.issue(counter(2, 0))
+    assert len({row for _, _, row, _ in transfer.pulls[2:]}) == 4
+
+
+def test_rows_of_a_running_commit_are_not_given_up(transfer: HeldTransfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I13: pulls are given up only when the commit of what was staged has ended."""
+    stager = stager_of(transfer, drain_deadline_s=1e-9)
+    monkeypatch.setattr(transfer, "abandon", lambda: True)
+    stager.start(prepared((0, 2), (1, 2)))
+    stager.issue(FIRST_COUNTER)
+    for *_, completion in transfer.pulls[:2]:
+        completion.done = True
+    assert stager.poll() == (1, None)
+    stager.drop([1])
+    stager.poll()
+    assert stager.orphaned
+    stager.release(1)
+    stager.poll()
+    assert not stager.orphaned
+
+
+def test_pulls_that_cannot_be_given_up_are_waited_for(transfer: HeldTransfer) -> None:
+    """A transfer whose messages must all end (two-sided ones) keeps the next plan waiting."""
+    stager = stager_of(transfer, drain_deadline_s=1e-9)
+    stager.start(prepared((0, 1)))
+    stager.issue(FIRST_COUNTER)
+    stager.drop([])
+    stager.poll()
+    assert stager.orphaned
+    transfer.end_pulls()
+    stager.poll()
+    assert stager.idle

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from eplb_async.core.plan import NO_PLAN, generation_of, position_of
 from eplb_async.rank.agreement import Agreement, Decision, PlanFacts
 from eplb_async.rank.hook import RankHook
@@ -155,7 +157,7 @@ class Gate:
         self.overwritten: list[Pull] = []
         self._transfer, self._pull = transfer, transfer._pull_now
 
-    def pull_now(self, layer: int, pull: Pull, row: int, fingerprints: Sequence[int] | None) -> None:
+    def pull_now(self, layer: int, pull: Pull, row: list[torch.Tensor], fingerprints: Sequence[int] | None) -> None:
         """In place of the transfer's own."""
         sources = self._transfer._peers[pull.source_rank][layer]
         before = [source[pull.source_slot].clone() for source in sources]

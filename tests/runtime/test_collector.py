@@ -207,3 +207,21 @@ def test_other_window_length_forgets_the_old_windows(watch: Callable[..., Watche
         watched.ranks.step()
     watched.look()
     np.testing.assert_array_equal(watched.collector.load.windows_TLE, [4 * per_step(watched.ranks)] * 2)
+
+
+def test_records_of_a_placement_that_never_comes_are_given_up(watch: Callable[..., Watched]) -> None:
+    """A damaged version holds a ring up for as many records as it has, not for ever; other windows are right."""
+    watched = watch(kind=LoadKind.GLOBAL_SLOTS, ring_records=8, num_windows=20)
+    watched.ranks.step()
+    watched.look()
+    ranks = watched.ranks
+    ring = ranks.rings[1]
+    for _ in range(40):
+        ranks.step()
+        if ranks.step_number == 7:
+            ring._fields[(ring.num_published - 1) % 8, 2] |= 1 << 50
+        watched.look()
+    assert watched.collector.statistics()[1].num_unfolded > 0
+    assert max(window for window, _ in watched.collector.windows) >= 6
+    last = watched.collector.windows[-1][1]
+    np.testing.assert_array_equal(last, 5 * per_step(ranks))

@@ -69,6 +69,8 @@ async def test_requests_are_answered_in_order(runtime_dir: Path) -> None:
     [
         (b"\x80garbage\n", "not a request"),
         (b"[1, 2]\n", "not a request"),
+        (b'{"version":1,"id":7,"method":"pause","group":"\xff"}\n', "not a request"),
+        (b'{"version":1,"id":7,"method":"st\xc1tus"}\n', "not a request"),
         (b'{"version":1,"id":7,"method":"destroy"}\n', "destroy"),
         (b'{"version":1,"id":7,"method":"status","colour":"red"}\n', "unknown field `colour`"),
         (b'{"version":2,"id":7,"method":"status"}\n', "version 2 is not spoken here; use version 1"),
@@ -175,3 +177,21 @@ def test_client_without_a_daemon_says_what_to_do(runtime_dir: Path) -> None:
     stale.close()
     with ControlClient(settings) as client, pytest.raises(DaemonUnavailable, match="eplb-async serve"):
         client.status()
+
+
+async def test_requests_that_come_at_once_do_not_hold_the_loop(runtime_dir: Path) -> None:
+    """Between two requests of one connection everything else in the daemon has its turn."""
+    turns, flood = 0, 500
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with serving(runtime_dir) as path:
+        counting = asyncio.create_task(count_turns())
+        answers = await talk(path, b'{"version":1,"method":"status"}\n' * flood)
+        counting.cancel()
+    assert len(answers) == flood
+    assert turns >= flood

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -148,3 +149,40 @@ def test_damaged_board_is_aborted(stand_in: Make) -> None:
     assert ranks.board.abort == 1
     # a plan published now would be dropped at once
     assert publisher.may_publish(words(ranks)) is None
+
+
+@pytest.mark.parametrize("table", [b"\0" * 12, b"\0" * 7])
+def test_plan_of_an_earlier_daemon_with_wrong_tables_is_no_harm(stand_in: Make, table: bytes) -> None:
+    """A daemon must not die of what it finds on a board, each time it starts."""
+    ranks = stand_in()
+    ranks.step()
+    plan = swaps(ranks, 1)
+    plan = msgspec.structs.replace(plan, entries=[msgspec.structs.replace(plan.entries[0], table=table, count=b"x")])
+    ranks.board.post(1, encode_plan(plan))
+    ranks.live.commit(0, ranks.rows_LP[0], counter(1, 1))
+    publisher = publisher_of(ranks)
+    assert publisher.dispatch.unknown == [0]
+
+
+@pytest.mark.parametrize("bit", [4, 41, 62, 63])
+def test_damaged_abort_word_is_repaired(stand_in: Make, bit: int) -> None:
+    """An abort of a generation that has not come cannot be a daemon's: it holds nothing back, now or after a restart."""
+    ranks = stand_in()
+    ranks.step()
+    publisher = publisher_of(ranks)
+    damaged = ranks.board.segment.array(np.uint64, (9,))
+    damaged[8] ^= np.uint64(1 << bit)
+    assert publisher.may_publish(words(ranks)) == 1
+    assert ranks.board.abort == 0
+    damaged[8] ^= np.uint64(1 << bit)
+    assert publisher_of(ranks).may_publish(words(ranks)) == 1
+
+
+def test_board_of_a_generation_that_has_not_come_holds_nothing_back(stand_in: Make) -> None:
+    """No rank can hold such a plan: the next one takes its place."""
+    ranks = stand_in()
+    ranks.step()
+    ranks.board.post(9, encode_plan(swaps(ranks, 9)))
+    publisher = publisher_of(ranks)
+    assert publisher.may_publish(words(ranks)) == 1
+    assert ranks.board.abort == 0

@@ -129,6 +129,14 @@ class Transfer(ABC):
         On a device it is issued on the compute stream, behind what is there. A layer's next commit comes only when this one has ended.
         """
 
+    def abandon(self) -> bool:
+        """Give all pulls up that have not ended, with the staging rows, for new ones; false if that cannot be: wait for them.
+
+        Only while nothing is staged or being committed. What was given up may go on reading live slots, also while they are
+        overwritten, and writing rows that nobody looks at any more.
+        """
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the peers' memory and end the stream. Idempotent."""

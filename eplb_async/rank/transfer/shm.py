@@ -14,14 +14,16 @@ import torch
 
 from eplb_async.core.errors import SegmentError, SpecError, TransferFailed
 from eplb_async.rank.fingerprint import fingerprint
-from eplb_async.rank.streams import Completion, Stream
-from eplb_async.rank.transfer.base import ALIGNMENT, Copy, Pull, Transfer, other_bytes
+from eplb_async.rank.streams import Completion, HostStream, Stream
+from eplb_async.rank.transfer.base import ALIGNMENT, Copy, Pull, StagingRows, Transfer, other_bytes
 from eplb_async.rank.weights import LayerTensors, WeightRows, named_tensors
 from eplb_async.shm.layout import segment_name
 from eplb_async.shm.segment import Segment
 
 __all__ = ["SharedWeights", "ShmTransfer", "share_weights"]
 
+MOST_ABANDONED = 4
+"""Times that hung pulls are given up: each keeps a thread and the staging rows until it ends."""
 LAYOUT = "weights: tensors of all layers, 64-byte aligned"
 
 
@@ -120,6 +122,7 @@ class ShmTransfer(Transfer):
         self.stream, self._shared = stream, shared
         self._peers: dict[int, list[list[torch.Tensor]]] = {}
         self._segments: list[Segment] = []
+        self._num_abandoned = 0
 
     def export(self) -> bytes:
         """See Transfer."""
@@ -152,7 +155,8 @@ class ShmTransfer(Transfer):
 
     def pull(self, layer: int, pull: Pull, row: int, fingerprints: Sequence[int] | None) -> Completion[None]:
         """See Transfer."""
-        return self.stream.submit(lambda: self._pull_now(layer, pull, row, fingerprints))
+        staged = self.staging.tensors(layer, row)  # of these rows, whatever `abandon` does before it begins
+        return self.stream.submit(lambda: self._pull_now(layer, pull, staged, fingerprints))
 
     def flush(self) -> None:
         """See Transfer. Pulls begin at once."""
@@ -166,6 +170,17 @@ class ShmTransfer(Transfer):
         completion.done = True
         return completion
 
+    def abandon(self) -> bool:
+        """See Transfer. Another thread and other rows take over; the old ones live as long as what runs in them."""
+        if self._num_abandoned == MOST_ABANDONED:
+            return False
+        self._num_abandoned += 1
+        if isinstance(self.stream, HostStream):
+            self.stream.leave()
+        self.stream = HostStream("eplb-transfer")
+        self.staging = StagingRows(self.weights, self.staging.num_rows)
+        return True
+
     def close(self) -> None:
         """See Transfer."""
         self.stream.close()
@@ -174,8 +189,7 @@ class ShmTransfer(Transfer):
             segment.close()
         self._segments.clear()
 
-    def _pull_now(self, layer: int, pull: Pull, row: int, fingerprints: Sequence[int] | None) -> None:
-        staged = self.staging.tensors(layer, row)
+    def _pull_now(self, layer: int, pull: Pull, staged: list[torch.Tensor], fingerprints: Sequence[int] | None) -> None:
         for index, (target, source) in enumerate(zip(staged, self._peers[pull.source_rank][layer], strict=True)):
             target.copy_(source[pull.source_slot])
             if fingerprints is not None and fingerprint(target) != fingerprints[index]:

@@ -1,5 +1,6 @@
 """Weights in shared memory: pulled from any rank, checked, committed; segments that go when they should."""
 
+import threading
 from collections.abc import Iterator
 
 import msgspec
@@ -11,7 +12,7 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.rank.fingerprint import fingerprint
 from eplb_async.rank.streams import Completion, HostStream
 from eplb_async.rank.transfer.base import Pull
-from eplb_async.rank.transfer.shm import SharedWeights, ShmTransfer, share_weights
+from eplb_async.rank.transfer.shm import MOST_ABANDONED, SharedWeights, ShmTransfer, share_weights
 from eplb_async.rank.weights import WeightRows
 from tests.conftest import segments_left
 
@@ -122,3 +123,26 @@ def test_tensors_elsewhere_are_refused_before_anything_is_made(group: str) -> No
     with pytest.raises(SpecError, match="lie on meta"):
         share_weights(group, 0, [torch.zeros(2, 3, device="meta")])
     assert not segments_left(group)
+
+
+def test_hung_pulls_that_are_given_up_touch_nothing_new(ranks: list[tuple[SharedWeights, ShmTransfer]]) -> None:
+    """Whenever they end, they write rows of the old staging memory; new pulls into rows of the same numbers run beside them."""
+    _, transfer = ranks[0]
+    blocked, old = threading.Event(), transfer.stream
+    transfer.stream.submit(lambda: blocked.wait(60.0))
+    hung = transfer.pull(0, Pull(1, 1, 0, 0), 0, None)
+    assert transfer.abandon()
+    fresh = ended(transfer, transfer.pull(1, Pull(0, 0, 1, 1), 0, None))
+    assert fresh.error is None
+    before = [part.clone() for part in transfer.staging.tensors(1, 0)]
+    blocked.set()
+    old.close()
+    assert hung.done
+    assert hung.error is None
+    assert all(torch.equal(a, b) for a, b in zip(before, transfer.staging.tensors(1, 0), strict=True))
+
+
+def test_pulls_are_given_up_a_few_times_only(ranks: list[tuple[SharedWeights, ShmTransfer]]) -> None:
+    """Each time costs a thread and a staging buffer until its pulls end."""
+    _, transfer = ranks[0]
+    assert [transfer.abandon() for _ in range(MOST_ABANDONED + 2)] == [True] * MOST_ABANDONED + [False] * 2
