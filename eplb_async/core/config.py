@@ -98,9 +98,9 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Settings of the daemon.
 
     Fields:
-        shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
         policy: name of the placement policy; `eplb-async serve --help` lists them.
         policy_options: its options, checked by the policy.
+        shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
         window_steps: steps summed into one window of load.
         num_windows: windows kept and given to the policy, newest last.
         interval_steps: steps between two decisions while nothing happens.
@@ -127,9 +127,9 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         log_level: of the daemon's own log, on standard error.
     """
 
-    shadow: bool = False
     policy: str = "default"
     policy_options: dict[str, Any] = {}
+    shadow: bool = False
     window_steps: int = 100
     num_windows: int = 8
     interval_steps: int = 1000
