@@ -112,6 +112,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             below what the windows say; 0 takes it as it is.
         memory: fitted: plan on as many of the newest windows as would have forecast the kept ones best, so that stale ones are left
             out as soon as traffic changes. all: on all that are kept.
+        least_change: decide again only once load has changed since the last decision: the squared difference of shares, over what chance
+            makes of it (about 1 where traffic stays). 2 is well beyond chance; 0 decides anyway.
         bytes_per_step: most bytes that plans may move per step, on average over all ranks together; 0: no limit.
         budget_steps: for how many steps bytes that were not needed are kept; a plan can spend them at once.
         poll_interval_s: how often rings and words are read.
@@ -137,6 +139,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     move_cost: float = 0.0
     confidence: float = 0.0
     memory: Literal["fitted", "all"] = "all"
+    least_change: float = 0.0
     bytes_per_step: int = 0
     budget_steps: int = 2000
     poll_interval_s: float = 0.1
@@ -160,6 +163,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "min_gap_steps",
             "move_cost",
             "confidence",
+            "least_change",
             "bytes_per_step",
             "exit_when_idle_s",
         )

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,74 +21,22 @@ from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import Plan
 from eplb_async.core.score import par, rank_load
-from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
 from eplb_async.policies.dispatch import wants_weights
 from eplb_async.runtime.gain_life import GainLife, PastPlan
-from eplb_async.runtime.live_dispatch import LiveDispatch
+from eplb_async.runtime.group_view import GroupFacts, LiveView, PlanOutcome
 from eplb_async.runtime.live_par import LivePar, mean_with_load
+from eplb_async.runtime.load_change import LoadChange
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
 from eplb_async.runtime.trigger import TriggerState, decide
 from eplb_async.runtime.windows import LoadWindows, Window
 
-__all__ = ["Decisions", "GroupFacts", "LiveView", "PlanOutcome"]
+__all__ = ["Decisions"]
 
 logger = logging.getLogger(__name__)
 
 REALISED_WINDOWS = 4
 """Windows after a plan over which its realised PAR is averaged, unless the next plan comes first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupFacts:
-    """What does not change in an incarnation: see GroupInfo; `capacity`: bytes of the board."""
-
-    group: str
-    incarnation: int
-    spec: MoESpec
-    staging_rows: int
-    slot_bytes: list[int]
-    capacity: int
-
-
-class LiveView(Protocol):
-    """The live placement. Another array is another placement."""
-
-    @property
-    def rows_LP(self) -> NDArray[np.int32]:
-        """Rows, [L, P]."""
-
-    @property
-    def version_L(self) -> NDArray[np.int64]:
-        """Packed versions."""
-
-    @property
-    def dispatch(self) -> LiveDispatch:
-        """How slots share tokens."""
-
-
-class PlanOutcome(Protocol):
-    """What came of a plan; see publisher.PlanEnd."""
-
-    @property
-    def finished(self) -> bool:
-        """All entries were committed."""
-
-    @property
-    def num_committed(self) -> int:
-        """Entries that were."""
-
-    @property
-    def publish_to_first_stage_s(self) -> float | None:
-        """Until some rank had staged an entry."""
-
-    @property
-    def publish_to_end_s(self) -> float:
-        """Until the last rank was done."""
-
-    @property
-    def why(self) -> str:
-        """Why it was dropped, "" if it was not."""
 
 
 @dataclass
@@ -133,6 +81,7 @@ class Decisions:
         self._budget_bytes = float(settings.bytes_per_step * settings.budget_steps)
         self.life = GainLife(lambda load, rows, share: par(rank_load(load, rows, facts.spec.topology, share)))
         self._published: PastPlan | None = None
+        self._change, self._decided_with = LoadChange(), settings
 
     @property
     def open_number(self) -> int | None:
@@ -174,6 +123,9 @@ class Decisions:
                 par_newest=self._par_newest,
                 par_reached=self._par_reached,
                 par_drift=self.settings.par_drift,
+                # with other settings, other things pay
+                load_change=self._change.since(self._windows.kept) if self._decided_with == self.settings else math.inf,
+                least_change=self.settings.least_change,
             )
         )
 
@@ -223,6 +175,8 @@ class Decisions:
             return None
         decision = self._history.change(opened.number, decide_s=decide_s, **_numbers(result, opened.loaded_L))
         if not result.entries or dry_run:
+            if not dry_run:
+                self._decided_on(result)
             self.finish(outcome=Outcome.DRY_RUN if result.entries else Outcome.NOTHING_PAYS, why=result.why)
             return None
         return Plan(
@@ -241,6 +195,7 @@ class Decisions:
     def published(self, proposal: PlanProposal) -> None:
         """The plan that `judge` made of this proposal is on the board."""
         self._policy_state = (self.settings.policy, proposal.state)
+        self._decided_on(proposal)
         self._measuring = None
         self._budget_bytes -= proposal.bytes_moved
         layers, share_LP = sorted(set(proposal.layers)), self._live.dispatch.share_LP
@@ -261,6 +216,8 @@ class Decisions:
         self._since_step = newest_step + 1
         since_trigger = self._clock.monotonic_s() - opened.triggered_s
         fields: dict[str, Any] = {"why": ended.why} if ended.why else {}
+        if not ended.finished:
+            self._change.forget()
         if ended.finished and (plan := self._published) is not None:
             share_LP = self._live.dispatch.share_LP
             plan.after_NP = self._live.rows_LP[plan.layers]
@@ -314,6 +271,16 @@ class Decisions:
             confidence=settings.confidence,
             fitted_memory=settings.memory == "fitted",
         )
+
+    def _decided_on(self, proposal: PlanProposal) -> None:
+        """While load stays as it was in the windows of this proposal, there is nothing to decide again, if that was all there was to gain."""
+        kept, self._decided_with = list(self._windows.kept), self.settings
+        gain = sum(proposal.par_before_L) - sum(proposal.par_after_L)
+        unsure = proposal.uncertain > gain and proposal.num_windows < self.settings.num_windows
+        if proposal.num_left_out or unsure or not kept:
+            self._change.forget()
+        else:
+            self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
 
     def _measure(self) -> None:
         """Realised PAR on the windows that began after the last commit."""

@@ -31,6 +31,7 @@ __all__ = [
     "Rebalance",
     "Reload",
     "Resume",
+    "ShadowStatus",
     "Status",
     "Stop",
     "decode_call",

@@ -115,6 +115,9 @@ def choose_entries(request: PlanRequest, target_LP: IntArray, state: bytes) -> P
         bytes_moved=sum(change.num_bytes for change in chosen),
         bytes_between_ranks=sum(_bytes_between_ranks(change, request) for change in chosen),
         state=state,
+        num_windows=request.windows.shape[0],
+        num_left_out=cut,
+        uncertain=outlook.uncertain,
     )
 
 

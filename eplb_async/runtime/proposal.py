@@ -80,6 +80,9 @@ class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             entries.
         num_moves, bytes_moved: slots filled anew and bytes pulled for them; bytes_between_ranks: those from other ranks.
         state: for the policy's next call.
+        num_windows: that it was made from; 0: not told.
+        num_left_out: layers that would pay and fit neither board nor budget.
+        uncertain: PAR, summed over layers, of gains that would pay if they were not within the sampling noise.
         policy_s: time that the policy took.
     """
 
@@ -93,6 +96,9 @@ class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     bytes_moved: int
     bytes_between_ranks: int
     state: bytes
+    num_windows: int = 0
+    num_left_out: int = 0
+    uncertain: float = 0.0
     policy_s: float = 0.0
 
     @property

@@ -100,7 +100,7 @@ def test_pair_that_fits_only_together_is_accepted() -> None:
     ("text", "words"),
     [
         ("[hook]\nlagg = 3", ["unknown field `lagg`", "Known: lag, history"]),
-        ("[daemon]\nlag = 3", ["unknown field `lag`", "Known: policy"]),
+        ("[daemon]\nlag = 3", ["unknown field `lag`", "Known: shadow, policy"]),
         ("[hooks]\nlag = 3", ["unknown field `hooks`", "Known: runtime_dir, hook, daemon"]),
         ('[hook]\nlag = "3"', ["Expected `int`", "$.hook.lag"]),
         ("[hook]\nlag = 2.5", ["Expected `int`"]),

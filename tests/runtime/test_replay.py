@@ -79,14 +79,24 @@ OURS: dict[str, Any] = {**PRESETS["ours"], "window_steps": 10, "num_windows": 8,
 LONG = Stretch(steps_per_window=1000, tokens_per_step=4000)
 
 
-def test_traffic_that_stays_moves_nothing_for_long() -> None:
-    """One window of shares, sampled for long: the preset makes some plans at once, and then sees that nothing pays, again and again."""
-    report = replayed(skewed(1), settings_of(**OURS), LONG)
-    assert 1 <= len(moved := [plan for plan in report.decisions if plan.bytes_moved]) <= 3
-    assert moved[-1].step < 300
-    assert report.decisions[-1].step > 950
-    assert report.num_decisions > 40
-    assert report.par_mean < 0.8 * report.par_initial
+@pytest.mark.parametrize("tokens", [4000, 40_000])
+def test_nothing_moves_after_the_first_plan_while_traffic_stays(tokens: int) -> None:
+    """One window of shares, sampled for long: one plan as soon as the gain is certain, and no decision after it."""
+    report = replayed(skewed(1), settings_of(**OURS), Stretch(steps_per_window=1000, tokens_per_step=tokens))
+    assert [plan.outcome for plan in report.decisions].count(Outcome.FINISHED) == 1
+    assert report.decisions[-1].bytes_moved > 0
+    assert report.decisions[-1].step < 100
+    assert report.par_mean < 0.85 * report.par_initial
+
+
+def test_gains_within_the_noise_are_waited_for() -> None:
+    """With few tokens the first windows make no plan, which does not end it: more windows of the same traffic do."""
+    few = Stretch(steps_per_window=1000, tokens_per_step=12)
+    report = replayed(skewed(1), settings_of(**{**OURS, "policy_options": {"price": 0.0, "noise": 0.0}}), few)
+    outcomes = [plan.outcome for plan in report.decisions]
+    assert outcomes[0] is Outcome.NOTHING_PAYS
+    assert Outcome.FINISHED in outcomes
+    assert report.decisions[-1].step < 200
 
 
 def test_traffic_that_changes_is_followed_when_it_does() -> None:
