@@ -114,6 +114,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             out as soon as traffic changes. all: on all that are kept.
         least_change: decide again only once load has changed since the last decision: the squared difference of shares, over what chance
             makes of it (about 1 where traffic stays). 2 is well beyond chance; 0 decides anyway.
+        regret_windows: windows after a commit by which a plan is judged: what brought less than was predicted lowers the trust in later gains, and
+            layers that were better off before go back, once. 0: plans are not judged.
         bytes_per_step: most bytes that plans may move per step, on average over all ranks together; 0: no limit.
         budget_steps: for how many steps bytes that were not needed are kept; a plan can spend them at once.
         poll_interval_s: how often rings and words are read.
@@ -140,6 +142,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     confidence: float = 0.0
     memory: Literal["fitted", "all"] = "all"
     least_change: float = 0.0
+    regret_windows: int = 4
     bytes_per_step: int = 0
     budget_steps: int = 2000
     poll_interval_s: float = 0.1
@@ -164,6 +167,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             "move_cost",
             "confidence",
             "least_change",
+            "regret_windows",
             "bytes_per_step",
             "exit_when_idle_s",
         )

@@ -156,6 +156,9 @@ def _decisions(decisions: Sequence[Decision]) -> Text:
         lines.append(f"  #{decision.number} {when} generation {decision.generation} {outcome}  {numbers}")
         why = f"; {decision.why}" if decision.why else ""
         lines.append(f"     [dim]{escape(decision.trigger + why)}[/]")
+        if decision.verdict:
+            trust = f"; trust {decision.trust:.2f} -> {decision.trust_after:.2f}" if decision.trust_after else ""
+            lines.append(f"     [dim]{escape(decision.verdict + trust)}[/]")
     return Text.from_markup("\n".join(lines))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +29,7 @@ from eplb_async.runtime.group_view import GroupFacts, LiveView, PlanOutcome
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.load_change import LoadChange
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
+from eplb_async.runtime.regret import Regret, Revert
 from eplb_async.runtime.trigger import TriggerState, decide
 from eplb_async.runtime.windows import LoadWindows, Window
 
@@ -46,6 +48,7 @@ class _Open:
     number: int
     triggered_s: float
     loaded_L: NDArray[np.bool_]
+    may_revert: bool = True
 
 
 class Decisions:
@@ -79,7 +82,13 @@ class Decisions:
         self._measuring: tuple[int, int] | None = None
         self._policy_state: tuple[str, bytes] = ("", b"")
         self._budget_bytes = float(settings.bytes_per_step * settings.budget_steps)
-        self.life = GainLife(lambda load, rows, share: par(rank_load(load, rows, facts.spec.topology, share)))
+
+        def par_of(
+            load: NDArray[Any], rows: NDArray[np.int32], share: NDArray[np.float64] | None
+        ) -> NDArray[np.float64]:
+            return par(rank_load(load, rows, facts.spec.topology, share))
+
+        self.life, self.regret = GainLife(par_of), Regret(par_of, facts.spec.num_ranks)
         self._published: PastPlan | None = None
         self._change, self._decided_with = LoadChange(), settings
 
@@ -103,13 +112,18 @@ class Decisions:
             if self._open is None and self._windows.first_step_of(self._windows.kept[-1][0]) >= self._since_step:
                 self._par_reached = min(self._par_reached, self._par_newest)
             self._measure()
-            for _, load_LE in list(self._windows.kept)[-new_windows:]:
-                self.life.window(load_LE)
+            for window in list(self._windows.kept)[-new_windows:]:
+                self.life.window(window[1])
+                self._judge_past(window)
 
     def due(self, requested: str = "", *, paused: bool = False) -> str | None:
         """Why to decide now; None if not, or while a decision is under way. `requested`: see TriggerState."""
         if self._open is not None:
             return None
+        if not requested and not paused and (revert := self.regret.revert) is not None:
+            if revert.rows(self._live.rows_LP) is not None:
+                return revert.reason
+            self.regret.revert = None  # other plans have changed these layers since
         return decide(
             TriggerState(
                 requested=requested,
@@ -140,7 +154,8 @@ class Decisions:
         self.next_number += 1
         self._decided_at = self._step
         live_L = self._live_par()
-        self._open = _Open(number, self._clock.monotonic_s(), ~np.isnan(live_L))
+        revert = self.regret.take(trigger)
+        self._open = _Open(number, self._clock.monotonic_s(), ~np.isnan(live_L), may_revert=revert is None)
         self._history.put(
             Decision(
                 number=number,
@@ -153,6 +168,8 @@ class Decisions:
                 policy=self.settings.policy,
                 shadow=self.settings.shadow,
                 outcome=Outcome.PLANNING,
+                trust=round(self.regret.trust, 4),
+                reverts=None if revert is None else revert.number,
                 par_live=mean_with_load(live_L),
                 par_live_L=_rounded(live_L),
             )
@@ -161,7 +178,7 @@ class Decisions:
             why = f"no load yet: the first window is complete after {self.settings.window_steps} steps with traffic"
             self.finish(outcome=Outcome.FAILED, why=why)
             return None
-        return self._plan_request(generation)
+        return self._plan_request(generation) if revert is None else self._revert_request(generation, revert)
 
     def judge(self, result: PlanProposal | EplbError, *, dry_run: bool = False) -> Plan | None:
         """What the policy's answer leads to: a plan to publish, or None and the decision is final."""
@@ -223,6 +240,7 @@ class Decisions:
             plan.after_NP = self._live.rows_LP[plan.layers]
             plan.after_share_NP = None if share_LP is None else share_LP[plan.layers]
             self.life.follow(plan)
+            self.regret.follow(opened.number, plan, newest_step + 1, may_revert=opened.may_revert)
         if ended.num_committed:
             self._measuring = (opened.number, newest_step)
             fields["publish_to_last_commit_s"] = ended.publish_to_end_s
@@ -248,7 +266,7 @@ class Decisions:
             )
 
     def _plan_request(self, generation: int) -> PlanRequest:
-        facts, settings, live = self.facts, self.settings, self._live
+        facts, settings, live, trust = self.facts, self.settings, self._live, self.regret.trust
         name, state = self._policy_state
         share_LP = live.dispatch.share_LP
         return PlanRequest(
@@ -264,13 +282,42 @@ class Decisions:
             versions=live.version_L.tolist(),
             share=None if share_LP is None else PackedArray.pack(share_LP),
             renew=live.dispatch.to_renew(wants_weights(settings.policy_options)),
-            min_gain=settings.min_gain,
+            # a gain that is trusted by half has to be twice as much
+            min_gain=settings.min_gain / trust,
             capacity=facts.capacity,
             budget_bytes=int(self._budget_bytes) if settings.bytes_per_step else None,
-            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0),
-            confidence=settings.confidence,
+            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0) / trust,
+            confidence=settings.confidence / trust,
             fitted_memory=settings.memory == "fitted",
         )
+
+    def _revert_request(self, generation: int, revert: Revert) -> PlanRequest:
+        """Back to rows that were better, as far as they are on the windows since: what was shown needs no price."""
+        since = [load for at, load in self._windows.kept if self._windows.first_step_of(at) >= revert.first_step]
+        return msgspec.structs.replace(
+            self._plan_request(generation),
+            windows=PackedArray.pack(np.array(since or [self._windows.kept[-1][1]], dtype=np.float64)),
+            min_gain=self.settings.min_gain,
+            price=0.0,
+            confidence=0.0,
+            revert=PackedArray.pack(revert.target(self._live.rows_LP)),
+        )
+
+    def _judge_past(self, window: Window) -> None:
+        """A window tells what past plans brought."""
+        first_step, settings = self._windows.first_step_of(window[0]), self.settings
+        for verdict in self.regret.window(first_step, window[1], settings.regret_windows, settings.min_gain):
+            self._history.change(
+                verdict.number,
+                gain_predicted=round(verdict.predicted, 4),
+                gain_realised=round(verdict.realised, 4),
+                gain_noise=round(verdict.noise, 4),
+                trust_after=round(verdict.trust, 4),
+                verdict=verdict.text,
+            )
+            logger.info(
+                "group %s: decision %d %s; trust %.2f", self.facts.group, verdict.number, verdict.text, verdict.trust
+            )
 
     def _decided_on(self, proposal: PlanProposal) -> None:
         """While load stays as it was in the windows of this proposal, there is nothing to decide again, if that was all there was to gain."""

@@ -45,6 +45,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         budget_bytes: that the plan may move; None: any.
         price: PAR that filling all slots of a layer anew has to bring; a part of them, so much less.
         confidence: standard deviations of sampling noise by which a gain has to be certain.
+        revert: rows to go back to, int32 [L, P], in place of a policy's; None: ask the policy.
         fitted_memory: plan on the newest windows only that memory.py takes.
     """
 
@@ -66,6 +67,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     price: float = 0.0
     confidence: float = 0.0
     fitted_memory: bool = False
+    revert: PackedArray | None = None
 
 
 class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -135,6 +135,11 @@ class Replay:
             self._look()
             first += num
 
+    @property
+    def rows_LP(self) -> NDArray[np.int32]:
+        """The placement as it is now."""
+        return self._live.rows_LP
+
     def report(self) -> ReplayReport:
         """What came of it so far."""
         measured_M4 = np.concatenate(self._measured)

@@ -109,6 +109,46 @@ def test_traffic_that_changes_is_followed_when_it_does() -> None:
     assert np.mean(before) > 1.1 * np.mean(after)
 
 
+def on_ranks(rows_LP: np.ndarray) -> np.ndarray:
+    """The experts of each rank, in order: which of its slots they have does not matter."""
+    return np.sort(rows_LP.reshape(SPEC.num_layers, SPEC.num_ranks, SPEC.slots_per_rank), axis=2)
+
+
+def spiteful(settings: Settings) -> np.ndarray:
+    """Two windows, the second of which turns against the plan made for the first: the experts that it put on the first rank are hot."""
+    trace_TLE = np.concatenate([skewed(1), np.ones_like(skewed(1))])
+    one = Replay("one", settings, SPEC, 100, ReplayCosts())
+    replay_all(StretchedTrace(trace_TLE, STRETCH), [one], lambda _: None)
+    history = one.report().decisions
+    assert history[0].step == 100
+    for layer, row_P in enumerate(one.rows_LP):
+        trace_TLE[1, layer, row_P[: SPEC.slots_per_rank]] = 20.0
+    return trace_TLE
+
+
+def test_a_harmful_plan_is_taken_back_once() -> None:
+    """Four windows after the commit tell; rows before are put back where they are better, and trust has fallen; without regret nothing is."""
+    trace_TLE = spiteful(settings_of(interval_steps=100, regret_windows=0))
+    one = Replay("one", settings_of(interval_steps=100), SPEC, 100, ReplayCosts())
+    report = replay_all(StretchedTrace(trace_TLE, STRETCH), [one], lambda _: None)[0]
+    assert np.array_equal(on_ranks(one.rows_LP), on_ranks(initial_placement(SPEC)))
+    harmful, back = report.decisions[:2]
+    assert harmful.step == 100
+    assert harmful.verdict.startswith(("harmed", "did not pay"))
+    assert harmful.trust_after == pytest.approx(0.7, abs=0.01)
+    assert (back.reverts, back.outcome) == (0, Outcome.FINISHED)
+    assert set(back.layers) <= set(harmful.layers)
+    assert 140 <= back.step <= 170
+    assert back.trust == pytest.approx(0.7, abs=0.01)
+    assert back.par_realised is not None
+    assert back.par_live is not None
+    assert back.par_realised < back.par_live
+    assert [plan.reverts for plan in report.decisions].count(0) == 1
+    blind = replayed(trace_TLE, settings_of(interval_steps=100, regret_windows=0), STRETCH)
+    assert all(plan.reverts is None and not plan.verdict and plan.trust == 1 for plan in blind.decisions)
+    assert report.par_mean < blind.par_mean
+
+
 def test_a_budget_holds_at_every_step() -> None:
     """No more bytes than earned so far and saved at the start; a tight budget moves less and balances worse."""
     trace_TLE, budget = skewed(5, 8), 4
