@@ -98,6 +98,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
         policy: name of the placement policy; `eplb-async serve --help` lists them.
         policy_options: its options, checked by the policy.
+        serve: which steps' load placement serves: all, or prefill or decode ones, mixed ones with either; dummy and profile steps never count.
         window_steps: steps summed into one window of load.
         num_windows: windows kept and given to the policy, newest last.
         interval_steps: steps between two decisions while nothing happens.
@@ -131,6 +132,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     shadow: bool = False
     policy: str = "default"
     policy_options: dict[str, Any] = {}
+    serve: Literal["all", "prefill", "decode"] = "all"
     window_steps: int = 100
     num_windows: int = 8
     interval_steps: int = 1000

@@ -111,6 +111,9 @@ def _group(group: GroupStatus) -> Group:
         parts.append(Text("  a policy is planning", style="cyan"))
     if group.shadow is not None:
         parts.append(Text(f"  shadow: {_shadow(group.shadow)}", style="magenta"))
+    if group.phases:
+        steps = ", ".join(f"{number} {phase}" for phase, number in group.phases.items())
+        parts.append(Text(f"  steps of ranks: {steps}; placement serves {group.serves}", style="dim"))
     if group.ranks:
         parts.append(_ranks(group))
     if group.decisions:

@@ -51,7 +51,7 @@ def with_windows(client: ControlClient, group: str) -> GroupStatus | None:
 
 
 def test_rebalance_from_load_to_realised_par(
-    start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str
+    start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str, spec: MoESpec
 ) -> None:
     """Found, watched, rebalanced on request, committed by all ranks, measured, and written down; nothing is lost."""
     start_daemon()
@@ -78,6 +78,9 @@ def test_rebalance_from_load_to_realised_par(
         after = until(lambda: with_windows(client, group), "windows after")
         assert after.par_live == pytest.approx(decision.par_predicted, abs=0.02)
         assert after.lost_records == 0
+        assert after.serves == "all"
+        assert after.phases.keys() == {"decode"}
+        assert after.phases["decode"] > 30 * spec.num_ranks
         assert after.generation == 2
         assert client.status().loop_lag_worst_s < 2
 
