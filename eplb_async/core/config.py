@@ -20,7 +20,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from eplb_async.core.daemon_settings import DaemonSettings
 from eplb_async.core.errors import ConfigError
+from eplb_async.core.setting_checks import at_least, positive
 
 __all__ = [
     "DaemonSettings",
@@ -83,95 +85,15 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     one_peer_at_a_time: bool = True
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "lag", "pull_bytes_per_step", "pull_bytes_in_flight", "copies_per_step")
-        _at_least(self, 1, "plan_deadline_steps", "reduce_every")
-        _at_least(self, 2, "ring_records")
-        _at_least(self, 0, "staging_rows", "slow_step_ratio")
+        at_least(self, 1, "lag", "pull_bytes_per_step", "pull_bytes_in_flight", "copies_per_step")
+        at_least(self, 1, "plan_deadline_steps", "reduce_every")
+        at_least(self, 2, "ring_records")
+        at_least(self, 0, "staging_rows", "slow_step_ratio")
         if 0 < self.slow_step_ratio < 1:
             raise ValueError(f"`slow_step_ratio` is {self.slow_step_ratio}; it must be 0 or at least 1")
-        _positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s", "drain_deadline_s")
+        positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s", "drain_deadline_s")
         if self.history < 2 * self.lag + 2:
             raise ValueError(f"`history` is {self.history}; words of lag {self.lag} need at least {2 * self.lag + 2}")
-
-
-class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the daemon.
-
-    Fields:
-        policy: name of the placement policy; `eplb-async serve --help` lists them.
-        policy_options: its options, checked by the policy.
-        shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
-        window_steps: steps summed into one window of load.
-        num_windows: windows kept and given to the policy, newest last.
-        interval_steps: steps between two decisions while nothing happens.
-        par_drift: decide sooner once the PAR of the newest window is by this share above the least since the last decision;
-            a great number: never.
-        min_gap_steps: but not before so many steps.
-        par_threshold: decide only while the live PAR (mean over layers) is above this; 1 decides at every interval.
-        min_gain: a layer moves only if its predicted PAR falls by at least this share of its PAR.
-        move_cost: what filling all slots of a layer anew has to bring over the expected life of the gain, in PAR x steps; part of
-            them, so much less. 200: a gain of 0.1 that lives for 2000 steps pays for the whole layer. 0: any gain pays.
-        confidence: a gain counts for as much as it is sure to be, these many standard deviations of the counts' sampling noise
-            below what the windows say; 0 takes it as it is.
-        memory: fitted: plan on as many of the newest windows as would have forecast the kept ones best, so that stale ones are left
-            out as soon as traffic changes. all: on all that are kept.
-        bytes_per_step: most bytes that plans may move per step, on average over all ranks together; 0: no limit.
-        budget_steps: for how many steps bytes that were not needed are kept; a plan can spend them at once.
-        poll_interval_s: how often rings and words are read.
-        discovery_interval_s: how often new groups are looked for.
-        plan_deadline_s: a plan that is not done after this is aborted.
-        policy_deadline_s: a policy that has not answered after this is killed with its worker.
-        pool_workers: worker processes for policies.
-        history_length: decisions kept for `eplb-async status` and `history`.
-        exit_when_idle_s: stop after this long without a group; 0 never stops.
-        log_level: of the daemon's own log, on standard error.
-    """
-
-    policy: str = "default"
-    policy_options: dict[str, Any] = {}
-    shadow: bool = False
-    window_steps: int = 100
-    num_windows: int = 8
-    interval_steps: int = 1000
-    par_drift: float = 1e9
-    min_gap_steps: int = 100
-    par_threshold: float = 1.05
-    min_gain: float = 0.02
-    move_cost: float = 0.0
-    confidence: float = 0.0
-    memory: Literal["fitted", "all"] = "all"
-    bytes_per_step: int = 0
-    budget_steps: int = 2000
-    poll_interval_s: float = 0.1
-    discovery_interval_s: float = 0.5
-    plan_deadline_s: float = 60.0
-    policy_deadline_s: float = 30.0
-    pool_workers: int = 1
-    history_length: int = 256
-    exit_when_idle_s: float = 0.0
-    log_level: str = "INFO"
-
-    def __post_init__(self) -> None:
-        _at_least(
-            self, 1, "window_steps", "num_windows", "interval_steps", "par_threshold", "pool_workers", "history_length"
-        )
-        _at_least(
-            self,
-            0,
-            "min_gain",
-            "par_drift",
-            "min_gap_steps",
-            "move_cost",
-            "confidence",
-            "bytes_per_step",
-            "exit_when_idle_s",
-        )
-        _at_least(self, 1, "budget_steps")
-        _positive(self, "poll_interval_s", "discovery_interval_s", "plan_deadline_s", "policy_deadline_s")
-        _plain(self.policy_options)
-        levels = ("DEBUG", "INFO", "WARNING", "ERROR")
-        if self.log_level not in levels:
-            raise ValueError(f"`log_level` is {self.log_level!r}; it must be one of {', '.join(levels)}")
 
 
 class IntegrationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -380,21 +302,3 @@ def _set_from_environment(data: dict[str, Any], name: str, text: str) -> None:
         f"{PREFIX}{table.upper()}_{field.upper()}" for table in TABLES for field in TABLES[table].__struct_fields__
     ]
     raise ConfigError(name, f"no such setting. Known: {', '.join(known)}")
-
-
-def _at_least(settings: msgspec.Struct, least: float, *names: str) -> None:
-    for name in names:
-        if not getattr(settings, name) >= least:  # nan is not
-            raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be at least {least}")
-
-
-def _plain(options: dict[str, Any]) -> None:
-    """They reach children and workers as JSON, which has no inf, nan or dates."""
-    if msgspec.json.decode(msgspec.json.encode(options)) != options:
-        raise ValueError("`policy_options` holds a number or date that JSON cannot hold (such as inf)")
-
-
-def _positive(settings: msgspec.Struct, *names: str) -> None:
-    for name in names:
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"`{name}` is {getattr(settings, name)}; it must be more than 0")

@@ -52,6 +52,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         layers: that change.
         num_entries, num_committed: commits in the plan, and those that happened.
         num_moves, bytes_moved, bytes_between_ranks: slots filled anew, bytes pulled for them, and those from other ranks.
+        trust: factor on predicted gains when it was made; trust_after: since it was judged.
+        reverts: number of the decision whose rows are taken back; None for others.
+        gain_predicted, gain_realised, gain_noise: by how much the PAR of the changed layers falls, on average: as planned, on the windows after the
+            last commit, under the new rows against those before, and the standard deviation of that.
+        verdict: what this says of the plan: paid, did not pay, harmed, with numbers; "" until it is known.
         decide_s: from the trigger to the proposal; policy_s: the policy's share of it.
         publish_to_first_stage_s: from publication until some rank has staged an entry.
         publish_to_last_commit_s, trigger_to_last_commit_s: until all ranks have committed the last entry.
@@ -80,6 +85,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     num_moves: int = 0
     bytes_moved: int = 0
     bytes_between_ranks: int = 0
+    trust: float = 1.0
+    trust_after: float | None = None
+    reverts: int | None = None
+    gain_predicted: float | None = None
+    gain_realised: float | None = None
+    gain_noise: float | None = None
+    verdict: str = ""
     decide_s: float | None = None
     policy_s: float | None = None
     publish_to_first_stage_s: float | None = None

@@ -111,6 +111,9 @@ def _group(group: GroupStatus) -> Group:
         parts.append(Text("  a policy is planning", style="cyan"))
     if group.shadow is not None:
         parts.append(Text(f"  shadow: {_shadow(group.shadow)}", style="magenta"))
+    if group.phases:
+        steps = ", ".join(f"{number} {phase}" for phase, number in group.phases.items())
+        parts.append(Text(f"  steps of ranks: {steps}; placement serves {group.serves}", style="dim"))
     if group.ranks:
         parts.append(_ranks(group))
     if group.decisions:
@@ -156,6 +159,9 @@ def _decisions(decisions: Sequence[Decision]) -> Text:
         lines.append(f"  #{decision.number} {when} generation {decision.generation} {outcome}  {numbers}")
         why = f"; {decision.why}" if decision.why else ""
         lines.append(f"     [dim]{escape(decision.trigger + why)}[/]")
+        if decision.verdict:
+            trust = f"; trust {decision.trust:.2f} -> {decision.trust_after:.2f}" if decision.trust_after else ""
+            lines.append(f"     [dim]{escape(decision.verdict + trust)}[/]")
     return Text.from_markup("\n".join(lines))
 
 

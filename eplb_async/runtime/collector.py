@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.load import LoadKind, fold_slots
+from eplb_async.core.load import LoadKind, Phase, fold_slots
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.row_history import RowHistory
@@ -32,7 +32,12 @@ logger = logging.getLogger(__name__)
 
 READ_AT_ONCE = 64
 """Records per read: a few megabytes, so that the event loop is held for a millisecond or two."""
-_COUNTS = np.array([phase.counts for phase in PHASES])
+_SERVED = {
+    "all": np.array([phase.counts for phase in PHASES]),
+    "prefill": np.array([phase in (Phase.PREFILL, Phase.MIXED) for phase in PHASES]),
+    "decode": np.array([phase in (Phase.DECODE, Phase.MIXED) for phase in PHASES]),
+}
+"""Which phases' load goes into windows. A mixed step cannot be told apart, and so is part of both; dummy and profile steps are of none."""
 _INT32_MAX = (1 << 31) - 1
 
 
@@ -83,16 +88,27 @@ class Collector:
         self.load = LoadWindows((spec.num_layers, spec.num_experts), *steps_and_windows)
         self.num_completed = 0
         self.unfolded_L = np.zeros(spec.num_layers, dtype=np.int64)
+        self._phase_records = np.zeros(len(PHASES), dtype=np.int64)
+        self._serves = "all"
         self._open: dict[int, NDArray[np.int64]] = {}
         self._next_window = 0
 
     def resize(self, window_steps: int, num_windows: int) -> None:
         """Other windows from now on; those collected are forgotten if their length changes."""
         if self.load.resize(window_steps, num_windows):
-            self._open.clear()
-            for reader in self._readers.values():
-                reader.first_step = reader.folded_step + 1 if reader.first_step is not None else None
-            self._next_window = 0
+            self._begin_anew()
+
+    def serve(self, phases: str) -> None:
+        """Which load goes into windows from now on: "all", "prefill" or "decode"; windows of other load are forgotten."""
+        if phases != self._serves:
+            self._serves = phases
+            self.load.kept.clear()
+            self._begin_anew()
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Records of each phase that was seen, of all rings together, whether they count or not."""
+        return {phase.value: int(n) for phase, n in zip(PHASES, self._phase_records, strict=True) if n}
 
     @property
     def windows(self) -> deque[tuple[int, NDArray[np.int64]]]:
@@ -122,6 +138,7 @@ class Collector:
             batch = self._valid(reader, batch, newest_step())
             if len(batch.step):
                 reader.read_step = int(batch.step[-1])
+                self._phase_records += np.bincount(batch.phase, minlength=len(PHASES))
                 if reader.first_step is None:
                     reader.first_step = int(batch.step[0])
                 reader.waiting.append(batch)
@@ -166,6 +183,13 @@ class Collector:
             reader.waiting.clear()
             reader.ring.close()
 
+    def _begin_anew(self) -> None:
+        """Windows begin with the next records."""
+        self._open.clear()
+        for reader in self._readers.values():
+            reader.first_step = reader.folded_step + 1 if reader.first_step is not None else None
+        self._next_window = 0
+
     def _count_lost(self, reader: _Reader, lost: int) -> None:
         if not reader.started:
             # recorded while no daemon ran, or by the time of an earlier one
@@ -204,10 +228,11 @@ class Collector:
         while reader.waiting:
             batch = reader.waiting[0]
             window = batch.step // self.load.steps
-            keys = np.stack([window, batch.version, _COUNTS[batch.phase]])
+            served = _SERVED[self._serves][batch.phase]
+            keys = np.stack([window, batch.version, served])
             cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(batch.step)]
             for first, last in pairwise(cuts):
-                if _COUNTS[batch.phase[first]] and not self._add(reader, batch, first, last):
+                if served[first] and not self._add(reader, batch, first, last):
                     rest = slice(first, None)
                     reader.waiting[0] = Batch(
                         batch.step[rest],

@@ -16,7 +16,8 @@ from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import generation_of
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
 from eplb_async.runtime.collector import Collector
-from eplb_async.runtime.decisions import Decisions, GroupFacts
+from eplb_async.runtime.decisions import Decisions
+from eplb_async.runtime.group_view import GroupFacts
 from eplb_async.runtime.messages import ShadowStatus
 from eplb_async.runtime.planner import PlanProposal, PlanRequest
 from eplb_async.runtime.pool import PolicyPool

@@ -11,8 +11,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,74 +22,23 @@ from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import EplbError
 from eplb_async.core.plan import Plan
 from eplb_async.core.score import par, rank_load
-from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Decision, DecisionHistory, Outcome
 from eplb_async.policies.dispatch import wants_weights
 from eplb_async.runtime.gain_life import GainLife, PastPlan
-from eplb_async.runtime.live_dispatch import LiveDispatch
+from eplb_async.runtime.group_view import GroupFacts, LiveView, PlanOutcome
 from eplb_async.runtime.live_par import LivePar, mean_with_load
+from eplb_async.runtime.load_change import LoadChange
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
+from eplb_async.runtime.regret import Regret, Revert
 from eplb_async.runtime.trigger import TriggerState, decide
 from eplb_async.runtime.windows import LoadWindows, Window
 
-__all__ = ["Decisions", "GroupFacts", "LiveView", "PlanOutcome"]
+__all__ = ["Decisions"]
 
 logger = logging.getLogger(__name__)
 
 REALISED_WINDOWS = 4
 """Windows after a plan over which its realised PAR is averaged, unless the next plan comes first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupFacts:
-    """What does not change in an incarnation: see GroupInfo; `capacity`: bytes of the board."""
-
-    group: str
-    incarnation: int
-    spec: MoESpec
-    staging_rows: int
-    slot_bytes: list[int]
-    capacity: int
-
-
-class LiveView(Protocol):
-    """The live placement. Another array is another placement."""
-
-    @property
-    def rows_LP(self) -> NDArray[np.int32]:
-        """Rows, [L, P]."""
-
-    @property
-    def version_L(self) -> NDArray[np.int64]:
-        """Packed versions."""
-
-    @property
-    def dispatch(self) -> LiveDispatch:
-        """How slots share tokens."""
-
-
-class PlanOutcome(Protocol):
-    """What came of a plan; see publisher.PlanEnd."""
-
-    @property
-    def finished(self) -> bool:
-        """All entries were committed."""
-
-    @property
-    def num_committed(self) -> int:
-        """Entries that were."""
-
-    @property
-    def publish_to_first_stage_s(self) -> float | None:
-        """Until some rank had staged an entry."""
-
-    @property
-    def publish_to_end_s(self) -> float:
-        """Until the last rank was done."""
-
-    @property
-    def why(self) -> str:
-        """Why it was dropped, "" if it was not."""
 
 
 @dataclass
@@ -98,6 +48,7 @@ class _Open:
     number: int
     triggered_s: float
     loaded_L: NDArray[np.bool_]
+    may_revert: bool = True
 
 
 class Decisions:
@@ -131,8 +82,15 @@ class Decisions:
         self._measuring: tuple[int, int] | None = None
         self._policy_state: tuple[str, bytes] = ("", b"")
         self._budget_bytes = float(settings.bytes_per_step * settings.budget_steps)
-        self.life = GainLife(lambda load, rows, share: par(rank_load(load, rows, facts.spec.topology, share)))
+
+        def par_of(
+            load: NDArray[Any], rows: NDArray[np.int32], share: NDArray[np.float64] | None
+        ) -> NDArray[np.float64]:
+            return par(rank_load(load, rows, facts.spec.topology, share))
+
+        self.life, self.regret = GainLife(par_of), Regret(par_of, facts.spec.num_ranks)
         self._published: PastPlan | None = None
+        self._change, self._decided_with = LoadChange(), settings
 
     @property
     def open_number(self) -> int | None:
@@ -154,13 +112,18 @@ class Decisions:
             if self._open is None and self._windows.first_step_of(self._windows.kept[-1][0]) >= self._since_step:
                 self._par_reached = min(self._par_reached, self._par_newest)
             self._measure()
-            for _, load_LE in list(self._windows.kept)[-new_windows:]:
-                self.life.window(load_LE)
+            for window in list(self._windows.kept)[-new_windows:]:
+                self.life.window(window[1])
+                self._judge_past(window)
 
     def due(self, requested: str = "", *, paused: bool = False) -> str | None:
         """Why to decide now; None if not, or while a decision is under way. `requested`: see TriggerState."""
         if self._open is not None:
             return None
+        if not requested and not paused and (revert := self.regret.revert) is not None:
+            if revert.rows(self._live.rows_LP) is not None:
+                return revert.reason
+            self.regret.revert = None  # other plans have changed these layers since
         return decide(
             TriggerState(
                 requested=requested,
@@ -174,6 +137,9 @@ class Decisions:
                 par_newest=self._par_newest,
                 par_reached=self._par_reached,
                 par_drift=self.settings.par_drift,
+                # with other settings, other things pay
+                load_change=self._change.since(self._windows.kept) if self._decided_with == self.settings else math.inf,
+                least_change=self.settings.least_change,
             )
         )
 
@@ -188,7 +154,8 @@ class Decisions:
         self.next_number += 1
         self._decided_at = self._step
         live_L = self._live_par()
-        self._open = _Open(number, self._clock.monotonic_s(), ~np.isnan(live_L))
+        revert = self.regret.take(trigger)
+        self._open = _Open(number, self._clock.monotonic_s(), ~np.isnan(live_L), may_revert=revert is None)
         self._history.put(
             Decision(
                 number=number,
@@ -201,6 +168,8 @@ class Decisions:
                 policy=self.settings.policy,
                 shadow=self.settings.shadow,
                 outcome=Outcome.PLANNING,
+                trust=round(self.regret.trust, 4),
+                reverts=None if revert is None else revert.number,
                 par_live=mean_with_load(live_L),
                 par_live_L=_rounded(live_L),
             )
@@ -209,7 +178,7 @@ class Decisions:
             why = f"no load yet: the first window is complete after {self.settings.window_steps} steps with traffic"
             self.finish(outcome=Outcome.FAILED, why=why)
             return None
-        return self._plan_request(generation)
+        return self._plan_request(generation) if revert is None else self._revert_request(generation, revert)
 
     def judge(self, result: PlanProposal | EplbError, *, dry_run: bool = False) -> Plan | None:
         """What the policy's answer leads to: a plan to publish, or None and the decision is final."""
@@ -223,6 +192,8 @@ class Decisions:
             return None
         decision = self._history.change(opened.number, decide_s=decide_s, **_numbers(result, opened.loaded_L))
         if not result.entries or dry_run:
+            if not dry_run:
+                self._decided_on(result)
             self.finish(outcome=Outcome.DRY_RUN if result.entries else Outcome.NOTHING_PAYS, why=result.why)
             return None
         return Plan(
@@ -241,6 +212,7 @@ class Decisions:
     def published(self, proposal: PlanProposal) -> None:
         """The plan that `judge` made of this proposal is on the board."""
         self._policy_state = (self.settings.policy, proposal.state)
+        self._decided_on(proposal)
         self._measuring = None
         self._budget_bytes -= proposal.bytes_moved
         layers, share_LP = sorted(set(proposal.layers)), self._live.dispatch.share_LP
@@ -261,11 +233,14 @@ class Decisions:
         self._since_step = newest_step + 1
         since_trigger = self._clock.monotonic_s() - opened.triggered_s
         fields: dict[str, Any] = {"why": ended.why} if ended.why else {}
+        if not ended.finished:
+            self._change.forget()
         if ended.finished and (plan := self._published) is not None:
             share_LP = self._live.dispatch.share_LP
             plan.after_NP = self._live.rows_LP[plan.layers]
             plan.after_share_NP = None if share_LP is None else share_LP[plan.layers]
             self.life.follow(plan)
+            self.regret.follow(opened.number, plan, newest_step + 1, may_revert=opened.may_revert)
         if ended.num_committed:
             self._measuring = (opened.number, newest_step)
             fields["publish_to_last_commit_s"] = ended.publish_to_end_s
@@ -291,7 +266,7 @@ class Decisions:
             )
 
     def _plan_request(self, generation: int) -> PlanRequest:
-        facts, settings, live = self.facts, self.settings, self._live
+        facts, settings, live, trust = self.facts, self.settings, self._live, self.regret.trust
         name, state = self._policy_state
         share_LP = live.dispatch.share_LP
         return PlanRequest(
@@ -307,13 +282,52 @@ class Decisions:
             versions=live.version_L.tolist(),
             share=None if share_LP is None else PackedArray.pack(share_LP),
             renew=live.dispatch.to_renew(wants_weights(settings.policy_options)),
-            min_gain=settings.min_gain,
+            # a gain that is trusted by half has to be twice as much
+            min_gain=settings.min_gain / trust,
             capacity=facts.capacity,
             budget_bytes=int(self._budget_bytes) if settings.bytes_per_step else None,
-            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0),
-            confidence=settings.confidence,
+            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0) / trust,
+            confidence=settings.confidence / trust,
             fitted_memory=settings.memory == "fitted",
         )
+
+    def _revert_request(self, generation: int, revert: Revert) -> PlanRequest:
+        """Back to rows that were better, as far as they are on the windows since: what was shown needs no price."""
+        since = [load for at, load in self._windows.kept if self._windows.first_step_of(at) >= revert.first_step]
+        return msgspec.structs.replace(
+            self._plan_request(generation),
+            windows=PackedArray.pack(np.array(since or [self._windows.kept[-1][1]], dtype=np.float64)),
+            min_gain=self.settings.min_gain,
+            price=0.0,
+            confidence=0.0,
+            revert=PackedArray.pack(revert.target(self._live.rows_LP)),
+        )
+
+    def _judge_past(self, window: Window) -> None:
+        """A window tells what past plans brought."""
+        first_step, settings = self._windows.first_step_of(window[0]), self.settings
+        for verdict in self.regret.window(first_step, window[1], settings.regret_windows, settings.min_gain):
+            self._history.change(
+                verdict.number,
+                gain_predicted=round(verdict.predicted, 4),
+                gain_realised=round(verdict.realised, 4),
+                gain_noise=round(verdict.noise, 4),
+                trust_after=round(verdict.trust, 4),
+                verdict=verdict.text,
+            )
+            logger.info(
+                "group %s: decision %d %s; trust %.2f", self.facts.group, verdict.number, verdict.text, verdict.trust
+            )
+
+    def _decided_on(self, proposal: PlanProposal) -> None:
+        """While load stays as it was in the windows of this proposal, there is nothing to decide again, if that was all there was to gain."""
+        kept, self._decided_with = list(self._windows.kept), self.settings
+        gain = sum(proposal.par_before_L) - sum(proposal.par_after_L)
+        unsure = proposal.uncertain > gain and proposal.num_windows < self.settings.num_windows
+        if proposal.num_left_out or unsure or not kept:
+            self._change.forget()
+        else:
+            self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
 
     def _measure(self) -> None:
         """Realised PAR on the windows that began after the last commit."""

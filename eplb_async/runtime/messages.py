@@ -148,7 +148,8 @@ class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One group. `state`: "joining", "serving", "paused" or "ended"; `problems` are sentences for people."""
+    """One group. `state`: "joining", "serving", "paused" or "ended"; `problems` are sentences for people; `serves`: see DaemonSettings.serve;
+    `phases`: steps of each phase, counted by each rank of this node."""
 
     group: str
     incarnation: int
@@ -158,6 +159,8 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     par_live: float | None = None
     windows: int = 0
     window_steps: int = 0
+    serves: str = "all"
+    phases: dict[str, int] = {}
     lost_records: int = 0
     generation: int = 0
     plan: PlanProgress | None = None

@@ -38,6 +38,7 @@ class Outlook:
         target_L: with the target's rows and new dispatch.
         moves_L: layers that get their target's row.
         refits_L: others, which get new dispatch only.
+        uncertain: PAR, summed over layers that would move but for the sampling noise of so few tokens.
     """
 
     target_LP: IntArray
@@ -48,6 +49,7 @@ class Outlook:
     target_L: FloatArray
     moves_L: NDArray[np.bool_]
     refits_L: NDArray[np.bool_]
+    uncertain: float = 0.0
 
     @property
     def after_L(self) -> FloatArray:
@@ -89,7 +91,9 @@ def outlook_of(request: PlanRequest, target_LP: IntArray) -> Outlook:
     noise_L = (
         np.zeros(len(live_LP)) if not request.confidence else sampling_noise(windows_TLE, before_L + target_L, topology)
     )
-    moves_L &= (share_L > 0) & (gain_L - request.confidence * noise_L >= request.price * share_L)
+    moves_L &= (share_L > 0) & (gain_L >= request.price * share_L)
+    uncertain_L = moves_L & (gain_L - request.confidence * noise_L < request.price * share_L)
+    moves_L &= ~uncertain_L
     return Outlook(
         target_LP=target_LP,
         stay=stay,
@@ -99,6 +103,7 @@ def outlook_of(request: PlanRequest, target_LP: IntArray) -> Outlook:
         target_L=target_L,
         moves_L=moves_L,
         refits_L=~moves_L & (renew_L | pays(before_L - stay_L)),
+        uncertain=float(gain_L[uncertain_L].sum()),
     )
 
 

@@ -59,7 +59,7 @@ class _Layer:
 
 
 def make_plan(request: PlanRequest, clock: Clock | None = None) -> PlanProposal:
-    """Run the policy and choose what is worth moving.
+    """Run the policy, or take the rows to go back to, and choose what is worth moving.
 
     Args:
         request: all it depends on.
@@ -71,6 +71,8 @@ def make_plan(request: PlanRequest, clock: Clock | None = None) -> PlanProposal:
     """
     from eplb_async.policies.registry import run_policy
 
+    if request.revert is not None:
+        return choose_entries(request, request.revert.unpack(), request.state)
     start = clock.monotonic_s() if clock else 0.0
     if request.fitted_memory:
         recent_TLE = remembered(request.windows.unpack(), fitted=True)
@@ -115,6 +117,9 @@ def choose_entries(request: PlanRequest, target_LP: IntArray, state: bytes) -> P
         bytes_moved=sum(change.num_bytes for change in chosen),
         bytes_between_ranks=sum(_bytes_between_ranks(change, request) for change in chosen),
         state=state,
+        num_windows=request.windows.shape[0],
+        num_left_out=cut,
+        uncertain=outlook.uncertain,
     )
 
 

@@ -45,6 +45,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         budget_bytes: that the plan may move; None: any.
         price: PAR that filling all slots of a layer anew has to bring; a part of them, so much less.
         confidence: standard deviations of sampling noise by which a gain has to be certain.
+        revert: rows to go back to, int32 [L, P], in place of a policy's; None: ask the policy.
         fitted_memory: plan on the newest windows only that memory.py takes.
     """
 
@@ -66,6 +67,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     price: float = 0.0
     confidence: float = 0.0
     fitted_memory: bool = False
+    revert: PackedArray | None = None
 
 
 class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,6 +82,9 @@ class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             entries.
         num_moves, bytes_moved: slots filled anew and bytes pulled for them; bytes_between_ranks: those from other ranks.
         state: for the policy's next call.
+        num_windows: that it was made from; 0: not told.
+        num_left_out: layers that would pay and fit neither board nor budget.
+        uncertain: PAR, summed over layers, of gains that would pay if they were not within the sampling noise.
         policy_s: time that the policy took.
     """
 
@@ -93,6 +98,9 @@ class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     bytes_moved: int
     bytes_between_ranks: int
     state: bytes
+    num_windows: int = 0
+    num_left_out: int = 0
+    uncertain: float = 0.0
     policy_s: float = 0.0
 
     @property

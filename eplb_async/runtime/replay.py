@@ -24,7 +24,8 @@ from eplb_async.core.plan import Plan
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import DecisionHistory, Outcome
 from eplb_async.observability.replay_report import ReplayReport
-from eplb_async.runtime.decisions import Decisions, GroupFacts
+from eplb_async.runtime.decisions import Decisions
+from eplb_async.runtime.group_view import GroupFacts
 from eplb_async.runtime.modelled_live import ModelledLive
 from eplb_async.runtime.planner import PlanProposal, make_plan
 from eplb_async.runtime.replay_ranks import ReplayRanks
@@ -133,6 +134,11 @@ class Replay:
             self._open_LE += spans.total_KLE[part].sum(axis=0)
             self._look()
             first += num
+
+    @property
+    def rows_LP(self) -> NDArray[np.int32]:
+        """The placement as it is now."""
+        return self._live.rows_LP
 
     def report(self) -> ReplayReport:
         """What came of it so far."""

@@ -31,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "move_cost": 1000.0,
         "confidence": 1.0,
         "memory": "fitted",
+        "least_change": 2.0,
     },
     "still": {"par_threshold": 1e9},
 }

@@ -89,6 +89,7 @@ class GroupSession:
         settings = context.settings
         sizes = (settings.window_steps, settings.num_windows)
         self.collector = Collector(info.spec, rings, self.publisher.rows, sizes)
+        self.collector.serve(settings.serve)
         parts = GroupParts(
             words=words,
             board=board,
@@ -123,6 +124,7 @@ class GroupSession:
         self._settings = settings
         self.decider.configure(settings)
         self.collector.resize(settings.window_steps, settings.num_windows)
+        self.collector.serve(settings.serve)
 
     async def close(self, why: str) -> None:
         """Drop all mappings; the ranks go on by themselves. Idempotent."""
@@ -155,6 +157,8 @@ class GroupSession:
             par_live=self.decider.par_live if self.collector.windows else None,
             windows=len(self.collector.windows),
             window_steps=self._settings.window_steps,
+            serves=self._settings.serve,
+            phases=self.collector.phases,
             lost_records=sum(ring.num_lost for ring in rings),
             generation=generation_of(self.publisher.committed),
             plan=self._plan_progress(),

@@ -16,7 +16,7 @@ from eplb_async.core.clock import Clock
 from eplb_async.core.config import HookSettings
 from eplb_async.core.placement import IntArray
 from eplb_async.core.plan import Plan, counter
-from eplb_async.runtime.decisions import GroupFacts, LiveView
+from eplb_async.runtime.group_view import GroupFacts, LiveView
 from eplb_async.runtime.live_dispatch import LiveDispatch
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.messages import ShadowStatus

@@ -21,6 +21,8 @@ class TriggerState:
         min_gap_steps: steps between two decisions, however PAR rises.
         par_newest: mean PAR of the newest window alone.
         par_reached: least of any window since the last decision ended: what the placement can do for the traffic it was made for.
+        load_change: how much load has changed since it was last decided on, see load_change.py; inf: it was not decided on yet.
+        least_change: below which nothing is decided.
         par_drift: by which share PAR has to rise above that for a decision before the interval is over; inf: never.
     """
 
@@ -35,13 +37,15 @@ class TriggerState:
     par_newest: float = 1.0
     par_reached: float = math.inf
     par_drift: float = math.inf
+    load_change: float = math.inf
+    least_change: float = 0.0
 
 
 def decide(state: TriggerState) -> str | None:
     """Why to decide now, for people; None if not. An operator's request always fires."""
     if state.requested:
         return state.requested
-    if state.paused or state.num_windows < 1:
+    if state.paused or state.num_windows < 1 or state.load_change < state.least_change:
         return None
     if state.steps >= state.interval_steps and state.par_live > state.par_threshold:
         return f"PAR {state.par_live:.3f} > {state.par_threshold:g} after {state.steps} steps"

@@ -27,12 +27,16 @@ __all__ = ["StandInGroup", "StandInOptions", "group_info"]
 
 @dataclass(frozen=True, kw_only=True)
 class StandInOptions:
-    """`stuck`: never stage anything, but obey aborts. `skew`: exponent of the experts' popularity."""
+    """`stuck`: never stage anything, but obey aborts. `skew`: exponent of the experts' popularity.
+
+    `spites`: as soon as a plan is committed, the experts that it has put on rank 0 become the popular ones, for ever.
+    """
 
     kind: LoadKind = LoadKind.LOGICAL
     ring_records: int = 256
     stuck: bool = False
     skew: float = 1.0
+    spites: bool = False
     incarnation: int = 1
 
 
@@ -133,6 +137,10 @@ class StandInGroup:
             self.staged = max(self.staged, self.decided)
             if position == len(self.plan.entries):
                 self.plan = None
+                if self.options.spites and generation == 1:
+                    first_P = self.rows_LP[0, : self.info.spec.slots_per_rank]
+                    self.popularity_E[:] = 1.0
+                    self.popularity_E[first_P[first_P >= 0]] = 20.0
 
     def _adopt(self) -> None:
         generation = generation_of(self.decided)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -225,3 +226,43 @@ def test_records_of_a_placement_that_never_comes_are_given_up(watch: Callable[..
     assert max(window for window, _ in watched.collector.windows) >= 6
     last = watched.collector.windows[-1][1]
     np.testing.assert_array_equal(last, 5 * per_step(ranks))
+
+
+@pytest.mark.parametrize(
+    ("serve", "steps"), [("all", [3, 3, 3]), ("prefill", [2, 3]), ("decode", [2, 2])], ids=["all", "prefill", "decode"]
+)
+def test_windows_hold_the_phases_that_are_served(watch: Callable[..., Watched], serve: str, steps: list[int]) -> None:
+    """Mixed steps are of both, dummy and profile ones of none; all are told. A window without such a step is left out."""
+    watched = watch(num_windows=8)
+    watched.collector.serve(serve)
+    windows = [
+        [Phase.PREFILL, Phase.DECODE, Phase.MIXED, Phase.DUMMY, Phase.PROFILE],
+        [Phase.PREFILL, Phase.PREFILL, Phase.PREFILL, Phase.DUMMY, Phase.DUMMY],
+        [Phase.DECODE, Phase.DECODE, Phase.DUMMY, Phase.PROFILE, Phase.DUMMY],
+    ]
+    if serve == "all":
+        windows[2][2] = Phase.DECODE
+    for phase in chain.from_iterable(windows):
+        watched.ranks.step(phase)
+    watched.ranks.step()
+    watched.look()
+    found = [load_LE // per_step(watched.ranks) for _, load_LE in watched.collector.windows]
+    assert [int(times.max()) for times in found] == steps
+    assert watched.collector.phases["prefill"] == 4 * watched.ranks.words.num_ranks
+    assert watched.collector.phases["profile"] == 2 * watched.ranks.words.num_ranks
+
+
+def test_other_phases_begin_new_windows(watch: Callable[..., Watched]) -> None:
+    """What was collected of other steps is forgotten; asking for the same again forgets nothing."""
+    watched = watch(num_windows=8)
+    for _ in range(10):
+        watched.ranks.step(Phase.DECODE)
+    watched.look()
+    watched.collector.serve("all")
+    assert watched.collector.windows
+    watched.collector.serve("decode")
+    assert not watched.collector.windows
+    for _ in range(12):
+        watched.ranks.step(Phase.DECODE)
+    assert watched.look() >= 1
+    np.testing.assert_array_equal(watched.collector.windows[0][1], 5 * per_step(watched.ranks))

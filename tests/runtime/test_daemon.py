@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from eplb_async.core.config import Settings
 from eplb_async.core.errors import ControlError
+from eplb_async.core.placement import initial_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Decision, Outcome
 from eplb_async.runtime.client import ControlClient
 from eplb_async.runtime.messages import GroupStatus
 from eplb_async.shm.launch import daemon_running, group_lock_path, socket_path
+from eplb_async.shm.live import LivePlacement
 from tests.runtime.stand_in import StandInGroup, StandInOptions, group_info
 
 __all__: list[str] = []
@@ -48,7 +51,7 @@ def with_windows(client: ControlClient, group: str) -> GroupStatus | None:
 
 
 def test_rebalance_from_load_to_realised_par(
-    start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str
+    start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str, spec: MoESpec
 ) -> None:
     """Found, watched, rebalanced on request, committed by all ranks, measured, and written down; nothing is lost."""
     start_daemon()
@@ -75,6 +78,9 @@ def test_rebalance_from_load_to_realised_par(
         after = until(lambda: with_windows(client, group), "windows after")
         assert after.par_live == pytest.approx(decision.par_predicted, abs=0.02)
         assert after.lost_records == 0
+        assert after.serves == "all"
+        assert after.phases.keys() == {"decode"}
+        assert after.phases["decode"] > 30 * spec.num_ranks
         assert after.generation == 2
         assert client.status().loop_lag_worst_s < 2
 
@@ -95,6 +101,46 @@ def test_trigger_fires_by_itself_and_pause_stops_it(
         assert client.pause() == [group]
         assert group_of(client, group, "paused") is not None
         assert client.resume(group) == [group]
+
+
+def test_a_harmful_plan_is_taken_back(
+    start_daemon: Start, start_ranks: Start, daemon_settings: Settings, group: str, spec: MoESpec
+) -> None:
+    """Traffic turns against the plan as soon as it is committed: it is judged, its layers go back to their rows, once, and the history says why."""
+    start_daemon()
+    start_ranks(spites=True)
+    with ControlClient(daemon_settings) as client:
+        until(lambda: with_windows(client, group), "windows")
+        harmful = client.rebalance(group)
+        assert harmful.outcome is Outcome.FINISHED
+
+        def reverted() -> Decision | None:
+            last = client.history(group)[group][-1]
+            return last if last.reverts == harmful.number and last.verdict else None
+
+        back = until(reverted, "the plan back")
+        assert back.outcome is Outcome.FINISHED
+        assert back.trigger.startswith(f"decision {harmful.number} harmed {len(harmful.layers)} layers")
+        assert set(back.layers) == set(harmful.layers)
+        assert back.par_live is not None
+        assert back.par_realised is not None
+        assert back.par_realised < back.par_live - 0.05
+        assert back.verdict.startswith("paid")
+        judged = client.history(group)[group][0]
+        assert judged.verdict.startswith("harmed")
+        assert judged.gain_realised is not None
+        assert judged.gain_predicted is not None
+        assert judged.gain_realised < 0 < judged.gain_predicted
+        assert judged.trust_after is not None
+        assert judged.trust_after < judged.trust == 1.0
+        assert len(client.history(group)[group]) == 2
+    live = LivePlacement.open(group, spec, 1)
+    snapshot = live.read()
+    live.close()
+    assert snapshot is not None
+    shape = (spec.num_layers, spec.num_ranks, spec.slots_per_rank)
+    on_ranks, at_first = (np.sort(rows.reshape(shape), axis=2) for rows in (snapshot[0], initial_placement(spec)))
+    assert np.array_equal(on_ranks, at_first)
 
 
 def test_late_plan_is_aborted(

@@ -44,3 +44,12 @@ def test_operator_always_fires() -> None:
         requested="operator", paused=True, steps=0, interval_steps=9, num_windows=0, par_live=1, par_threshold=2
     )
     assert decide(state) == "operator"
+
+
+@pytest.mark.parametrize("due", [DUE, DRIFTED])
+def test_load_that_has_not_changed_is_not_decided_on_again(due: TriggerState) -> None:
+    """Neither by schedule nor for a rise of PAR, which is noise then; an operator still gets a decision."""
+    same = dataclasses.replace(due, load_change=1.1, least_change=2.0)
+    assert decide(same) is None
+    assert decide(dataclasses.replace(same, load_change=2.1)) is not None
+    assert decide(dataclasses.replace(same, requested="operator")) == "operator"
