@@ -234,12 +234,6 @@ class BenchExtension:
 
         transfer.pull = spoiled
 
-    @_as_json
-    def bench_statistics(self) -> Any:
-        """Of our hook."""
-        statistics = self._hook().statistics()
-        return {name: getattr(statistics, name) for name in statistics.__struct_fields__}
-
 
 def _checksum(tensor: torch.Tensor) -> int:
     words = tensor.contiguous().view(torch.int16).reshape(-1).to(torch.int64)

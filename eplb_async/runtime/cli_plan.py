@@ -43,6 +43,9 @@ _MOST_SLOTS = 1 << 20
 """More than any machine has; a slip of the finger should not fill the memory."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Ranks = Annotated[int, typer.Option(metavar="R", min=1, max=_MOST_SLOTS, help="Expert-parallel ranks.")]
+Nodes = Annotated[int, typer.Option(metavar="N", min=1, help="Nodes; N divides R.")]
+Groups = Annotated[int, typer.Option(metavar="G", min=1, help="The router's expert groups; G divides E.")]
 
 
 def plan(  # size: options of a command
@@ -54,7 +57,7 @@ def plan(  # size: options of a command
             "(windows, layers, experts). '-' reads standard input.",
         ),
     ],
-    ranks: Annotated[int, typer.Option(metavar="R", min=1, max=_MOST_SLOTS, help="Expert-parallel ranks.")],
+    ranks: Ranks,
     slots: Annotated[
         int, typer.Option(metavar="P", min=1, max=_MOST_SLOTS, help="Slots of all ranks; R divides P, P >= E.")
     ],
@@ -65,8 +68,8 @@ def plan(  # size: options of a command
             metavar="KEY=VALUE", help="As 'eplb-async policies' lists them; JSON, else text. May be given again."
         ),
     ] = None,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Nodes; N divides R.")] = 1,
-    groups: Annotated[int, typer.Option(metavar="G", min=1, help="The router's expert groups; G divides E.")] = 1,
+    nodes: Nodes = 1,
+    groups: Groups = 1,
     table_length: Annotated[
         int, typer.Option(metavar="K", min=0, help="Most slots of one expert in a layer; 0: enough for all ranks.")
     ] = 0,

@@ -156,7 +156,8 @@ class Decider:
         )
         self._shadow = Shadow(facts, parts.publisher, parts.hook, parts.clock) if settings.shadow else None
         self._target: Publisher | Shadow = self._shadow or parts.publisher
-        seen, record = (parts.collector.load, self._target), (parts.history, first_number)
+        live = self._shadow.live if self._shadow is not None else parts.publisher
+        seen, record = (parts.collector.load, live), (parts.history, first_number)
         self._decisions = Decisions(facts, seen, settings, record, parts.clock)
 
     def _maybe_start(self, words: Sequence[Word]) -> None:

@@ -91,6 +91,7 @@ class Decisions:
         self.life, self.regret = GainLife(par_of), Regret(par_of, facts.spec.num_ranks)
         self._published: PastPlan | None = None
         self._change, self._decided_with = LoadChange(), settings
+        self._load_change = math.inf
 
     @property
     def open_number(self) -> int | None:
@@ -112,6 +113,8 @@ class Decisions:
             if self._open is None and self._windows.first_step_of(self._windows.kept[-1][0]) >= self._since_step:
                 self._par_reached = min(self._par_reached, self._par_newest)
             self._measure()
+            if self.settings.least_change:
+                self._load_change = self._change.since(self._windows.kept)
             for window in list(self._windows.kept)[-new_windows:]:
                 self.life.window(window[1])
                 self._judge_past(window)
@@ -138,7 +141,7 @@ class Decisions:
                 par_reached=self._par_reached,
                 par_drift=self.settings.par_drift,
                 # with other settings, other things pay
-                load_change=self._change.since(self._windows.kept) if self._decided_with == self.settings else math.inf,
+                load_change=self._load_change if self._decided_with == self.settings else math.inf,
                 least_change=self.settings.least_change,
             )
         )
@@ -235,6 +238,7 @@ class Decisions:
         fields: dict[str, Any] = {"why": ended.why} if ended.why else {}
         if not ended.finished:
             self._change.forget()
+            self._load_change = math.inf
         if ended.finished and (plan := self._published) is not None:
             share_LP = self._live.dispatch.share_LP
             plan.after_NP = self._live.rows_LP[plan.layers]
@@ -328,6 +332,7 @@ class Decisions:
             self._change.forget()
         else:
             self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
+        self._load_change = self._change.since(kept)
 
     def _measure(self) -> None:
         """Realised PAR on the windows that began after the last commit."""

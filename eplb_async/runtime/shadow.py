@@ -10,14 +10,11 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from eplb_async.core.clock import Clock
 from eplb_async.core.config import HookSettings
-from eplb_async.core.placement import IntArray
 from eplb_async.core.plan import Plan, counter
 from eplb_async.runtime.group_view import GroupFacts, LiveView
-from eplb_async.runtime.live_dispatch import LiveDispatch
 from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.messages import ShadowStatus
 from eplb_async.runtime.modelled_live import ModelledLive
@@ -37,12 +34,16 @@ MOST_STEPS = 4096
 
 
 class Shadow:
-    """The publisher of a shadow: the same calls, and ranks that are modelled. Used by the session's task only."""
+    """The publisher of a shadow: the same calls, and ranks that are modelled. Used by the session's task only.
+
+    Attributes:
+        live: what all ranks would have.
+    """
 
     def __init__(self, facts: GroupFacts, start: LiveView, hook: HookSettings, clock: Clock) -> None:
         """From the live placement; `hook`: pacing of the ranks, as far as this process knows it."""
         self._facts, self._clock = facts, clock
-        self._live = ModelledLive(facts.spec, start.rows_LP.copy())
+        self.live = ModelledLive(facts.spec, start.rows_LP.copy())
         self._ranks = ReplayRanks(facts.spec.num_ranks, facts.staging_rows, hook, BYTES_PER_US)
         self._pars = [LivePar(facts.spec.topology, facts.spec.num_layers) for _ in range(2)]
         self._plan: Plan | None = None
@@ -50,21 +51,6 @@ class Shadow:
         self._published_s = self._looked_s = clock.monotonic_s()
         self._sums = np.zeros(2)
         self._num_windows = self._num_plans = self._num_moves = self._num_bytes = 0
-
-    @property
-    def rows_LP(self) -> IntArray:
-        """See LiveView."""
-        return self._live.rows_LP
-
-    @property
-    def version_L(self) -> NDArray[np.int64]:
-        """See LiveView."""
-        return self._live.version_L
-
-    @property
-    def dispatch(self) -> LiveDispatch:
-        """See LiveView."""
-        return self._live.dispatch
 
     @property
     def committed(self) -> int:
@@ -90,7 +76,7 @@ class Shadow:
             at_s = self._looked_s + (now_s - self._looked_s) * (index + 1) / num
             if self._plan is not None and self._ranks.step(1e6 * at_s) is not None:
                 self._position += 1
-                self._live.commit(self._plan, self._position)
+                self.live.commit(self._plan, self._position)
                 if not self._ranks.busy:
                     ended = self._end(self._plan, at_s)
         self._step, self._looked_s = step, now_s
@@ -101,7 +87,7 @@ class Shadow:
         for window in windows:
             self._sums += [
                 mean_with_load(known.of([window], view.rows_LP, view.dispatch.share_LP))
-                for known, view in zip(self._pars, (live, self._live), strict=True)
+                for known, view in zip(self._pars, (live, self.live), strict=True)
             ]
             self._num_windows += 1
 
