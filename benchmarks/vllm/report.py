@@ -16,7 +16,9 @@ __all__ = ["Steps", "par_series", "rebalances", "report", "runs_in", "steps_of"]
 AROUND_CHANGE_S = 0.02
 """A change of the router stops the engine: steps so close to one are left out."""
 LOCAL_STEPS = 51
-"""Contexts grow, and so do steps: what is long is told from the median of this many around it."""
+"""Of both ranks; a step near an event is compared with the median of this many around it."""
+TREND_STEPS = 401
+"""Contexts grow, and so do steps: what is long is told from the median of this many around it, more than a plan lasts."""
 LONG_MS = 1.0
 SMOOTH_STEPS = 10
 
@@ -104,15 +106,18 @@ def _decode(modes: Mapping[str, list[Run]]) -> str:
 
 def _decode_values(run: Run) -> dict[str, float]:
     steps = steps_of(run)
-    p50 = float(np.median(steps.device_ms))
+    over = steps.device_ms - _running_median(steps.device_ms, TREND_STEPS)
     values = {
         "p50": float(np.median(steps.ms)),
         "p99": float(np.percentile(steps.ms, 99)),
         "max": float(steps.ms.max()),
         "tokens": 1e3 * run["scenario"]["batch"] / float(steps.ms.mean()),
-        "device_p50": p50,
+        "device_p50": float(np.median(steps.device_ms)),
         "device_p99": float(np.percentile(steps.device_ms, 99)),
-        "long": 100 * float((steps.device_ms > p50 + LONG_MS).mean()),
+        "over_p99": float(np.percentile(over, 99)),
+        "over_max": float(over.max()),
+        "long": 100 * float((over > LONG_MS).mean()),
+        "num_steps": len(over),
     }
     if run["workers"][0]["eplb"]:
         held = [1e6 * took for worker in run["workers"] for _, took, *_ in worker["eplb"]]
@@ -132,15 +137,17 @@ def _paired_values(run: Run) -> dict[str, float]:
     device, plan = steps.device_ms, steps.with_plan
     if not plan.any() or plan.all():
         return {"share": 100 * float(plan.mean())}
-    p50, without = float(np.median(device)), device[~plan]
+    over, without = device - _running_median(device, TREND_STEPS), device[~plan]
     return {
         "share": 100 * float(plan.mean()),
         "mean_without": float(without.mean()),
         "mean_with": float(device[plan].mean()),
         "p99_without": float(np.percentile(without, 99)),
         "p99_with": float(np.percentile(device[plan], 99)),
-        "long_without": 100 * float((without > p50 + LONG_MS).mean()),
-        "long_with": 100 * float((device[plan] > p50 + LONG_MS).mean()),
+        "long_without": 100 * float((over[~plan] > LONG_MS).mean()),
+        "long_with": 100 * float((over[plan] > LONG_MS).mean()),
+        "over_without": float(over[~plan].max()),
+        "over_with": float(over[plan].max()),
         "throughput": 100 * float(without.mean() / device.mean()),
     }
 
@@ -152,11 +159,14 @@ def _cells(values: Sequence[Mapping[str, float]], columns: Mapping[str, tuple[st
 _DECODE_COLUMNS = {
     "p50 ms": ("p50", 3),
     "p99 ms": ("p99", 3),
-    "max ms": ("max", 2),
+    "longest ms": ("max", 2),
     "tok/s": ("tokens", 0),
     "device p50 ms": ("device_p50", 3),
     "device p99 ms": ("device_p99", 3),
-    "device: steps over p50 + 1 ms, %": ("long", 1),
+    "device, over the median around it: p99 ms": ("over_p99", 3),
+    "max ms": ("over_max", 2),
+    "more than 1 ms, % of steps": ("long", 2),
+    "steps": ("num_steps", 0),
     "host time in EPLB, p50 us": ("held", 0),
     "rebalances": ("plans", 0),
     "steps of a rebalance, p50": ("whole", 0),
@@ -169,8 +179,10 @@ _PAIRED_COLUMNS = {
     "with": ("mean_with", 3),
     "p99 ms without": ("p99_without", 2),
     "with ": ("p99_with", 2),
-    "over p50 + 1 ms, % of those without": ("long_without", 1),
-    "of those with": ("long_with", 1),
+    "over the median around it by more than 1 ms, % of those without": ("long_without", 2),
+    "of those with": ("long_with", 2),
+    "by at most, ms, without": ("over_without", 2),
+    "with  ": ("over_with", 2),
     "throughput, % of that without plans": ("throughput", 2),
 }
 
@@ -293,7 +305,7 @@ def _faults(modes: Mapping[str, list[Run]]) -> str:
     for mode, runs in modes.items():
         for run in runs:
             steps, marks = steps_of(run), run["marks"]
-            local = steps.device_ms - _running_median(steps.device_ms)
+            local = steps.device_ms - _running_median(steps.device_ms, LOCAL_STEPS)
             about = [marks[name] for name in ("kill_0", "serve_0", "fault_0")]
             near = [_longest(local, steps.starts, mark - 0.05, mark + 1.0) for mark in about]
             calm = [_longest(local, steps.starts, mark - 1.05, mark - 0.05) for mark in about]
@@ -322,9 +334,9 @@ def _longest(local: Array, starts: Array, first: float, last: float) -> float:
     return float(local[(starts > first) & (starts < last)].max())
 
 
-def _running_median(values: Array) -> Array:
-    half = LOCAL_STEPS // 2
-    padded = np.pad(values, half, mode="edge")
+def _running_median(values: Array, width: int) -> Array:
+    half = width // 2
+    padded = np.pad(values, half, mode="symmetric")
     return np.asarray(np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1))
 
 

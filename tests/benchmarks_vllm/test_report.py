@@ -14,15 +14,17 @@ from benchmarks.vllm.serving import slots_checked
 __all__: list[str] = []
 
 
-def run_of(plan_steps: range, *, changes: list[list[float]] | None = None, slow: float = 0.0) -> dict[str, Any]:
-    """A run of 100 steps of 10 ms on two ranks, with a plan of 16 entries under way in some, which are longer by `slow` seconds."""
+def run_of(
+    plan_steps: range, *, changes: list[list[float]] | None = None, slow: float = 0.0, steps: int = 100
+) -> dict[str, Any]:
+    """A run of steps of 10 ms on two ranks, with a plan of 16 entries under way in some, which are longer by `slow` seconds."""
     begin = [0.0]
-    for step in range(100):
+    for step in range(steps):
         begin.append(begin[-1] + 0.01 + (slow if step in plan_steps else 0.0))
     eplb = [[when + 0.005, 1e-5, int(step in plan_steps), 0, 16] for step, when in enumerate(begin)]
     worker = {
         "begin": begin,
-        "tokens": [256] * 101,
+        "tokens": [256] * (steps + 1),
         "device_ms": [1e3 * (after - before) for before, after in pairwise(begin)],
         "eplb": eplb,
         "par": [],
@@ -61,6 +63,18 @@ def test_tables_are_made_of_what_lies_in_a_folder(tmp_path: Path) -> None:
     text = report(tmp_path)
     assert "| ours | 2 | 10.000 |" in text
     assert "99.02 (98.04 to 100.00)" in text  # 10 of 100 steps 20 % longer: 10.0 / 10.2
+
+
+def test_long_steps_are_told_from_the_median_around_them(tmp_path: Path) -> None:
+    """Steps grow from 10 to 16 ms, which makes none long; one of 2 ms more is, on both ranks."""
+    run = run_of(range(300, 301), slow=0.002, steps=600)
+    worker = run["workers"][0]  # both ranks share it
+    worker["device_ms"] = [took + 0.01 * step for step, took in enumerate(worker["device_ms"])]
+    (tmp_path / "decode-ours-0.json").write_text(json.dumps(run))
+    head, _, row = report(tmp_path).splitlines()[2:5]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    assert cells["more than 1 ms, % of steps"] == "0.17"
+    assert float(cells["max ms"]) == pytest.approx(2, abs=0.02)
 
 
 def test_every_slot_is_compared_with_the_expert_that_the_map_names() -> None:
