@@ -55,10 +55,10 @@ SCENARIOS = [
     ),
     Scenario("two nodes, reduced every 3 steps", (0, 1), (BACK,), (FIRST,), deadlines=1, aborts=False, every=3),
     Scenario(
-        "two nodes, every 2 steps, two plans", (0, 1), (BACK,), (FIRST, *SECOND), deadlines=1, aborts=False, every=2
+        "two nodes, every 2 steps, two plans", (0, 1), (BACK,), (FIRST, *SECOND), deadlines=2, aborts=False, every=2
     ),
     Scenario("a pull hangs", (0, 0), ((0, 0, 1, -1),), ONE_SIDED[:1], deadlines=1, aborts=False, hangs=1),
-    Scenario("three ranks on two nodes, lag 2", (0, 0, 1), ((0, 1, 2),), (ROTATE,), lag=2, deadlines=0, aborts=False),
+    Scenario("three ranks on two nodes, lag 2", (0, 0, 1), ((0, 1, 2),), (ROTATE,), lag=2, deadlines=1, aborts=False),
 ]
 # explored with each step in three pieces and the newest words in the waiting rules, as real ranks do it
 FINE = [
