@@ -12,13 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from eplb_async.core.config import Settings, check_group_name
+from eplb_async.core.diff import least_staging_rows
 from eplb_async.core.errors import (
     DaemonUnavailable,
     PeerLost,
     PlacementError,
     SegmentMissing,
+    SpecError,
     SpecMismatch,
     TransferFailed,
+    UnknownName,
 )
 from eplb_async.core.load import LoadKind
 from eplb_async.core.placement import IntArray, initial_placement, validate_placement
@@ -29,7 +32,7 @@ from eplb_async.rank.maps import Maps
 from eplb_async.rank.meeting import node_group
 from eplb_async.rank.membership import Membership
 from eplb_async.rank.nodes import Hello, NodesJoined
-from eplb_async.rank.pace import StepPace
+from eplb_async.rank.pace import StepClock, StepPace
 from eplb_async.rank.plan_reader import PlanReader
 from eplb_async.rank.platform import Platform, choose_platform
 from eplb_async.rank.recorder import Recorder, check_load
@@ -63,8 +66,27 @@ class AttachRequest:
     placement: IntArray | None
     load_kind: LoadKind | None
     settings: Settings
-    staging_rows: int
     rendezvous: "Store | None" = None
+
+    @property
+    def staging_rows(self) -> int:
+        """Of each rank; by default one whole layer."""
+        return self.settings.hook.staging_rows or self.spec.slots_per_rank
+
+    def check(self) -> None:
+        """Refuse what does not fit together, before anything is made.
+
+        Raises:
+            ConfigError, SpecError, UnknownName: an argument.
+        """
+        check_group_name(self.group)
+        if not 0 <= self.rank < self.spec.num_ranks:
+            raise SpecError(f"rank {self.rank} was given; ranks are 0..{self.spec.num_ranks - 1}")
+        if self.daemon not in ("optional", "auto", "required"):
+            raise UnknownName("daemon choice", self.daemon, ("optional", "auto", "required"))
+        least = least_staging_rows(self.spec.topology)
+        if self.staging_rows < least:
+            raise SpecError(f"staging_rows is {self.staging_rows}; needed at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +107,7 @@ class Parts:
     recorder: Recorder
     capturing: Callable[[], bool]
     pace: StepPace
+    clock: StepClock
 
     def close(self) -> None:
         """End the threads, then leave the group; that in any case, though a thread hangs.
@@ -108,6 +131,7 @@ def assemble(request: AttachRequest) -> Parts:
     Raises:
         As RankHook.attach; nothing is left behind then.
     """
+    request.check()
     spec, settings = request.spec, request.settings
     given = request.placement if request.placement is not None else initial_placement(spec)
     placement_LP = validate_placement(np.asarray(given), spec)
@@ -216,6 +240,7 @@ class _Joining:
             recorder=recorder,
             capturing=self._platform.capturing,
             pace=StepPace(settings.hook.slow_step_ratio),
+            clock=StepClock(),
         )
 
     def _expected(self, fingerprints: ExpertFingerprints | None) -> Callable[[int, int], Sequence[int] | None]:

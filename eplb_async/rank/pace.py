@@ -1,11 +1,30 @@
-"""The pace of steps: a rank that is being slow for once is left alone by transfers for that step."""
+"""The pace of steps: how long they take, and a rank that is being slow for once is left alone by transfers for that step."""
 
 from eplb_async.core.load import Phase
 
-__all__ = ["StepPace"]
+__all__ = ["StepClock", "StepPace"]
 
 WEIGHT = 1 / 16
 """Of the newest step in the usual one, which so follows a lasting change within some 30 steps."""
+
+
+class StepClock:
+    """How long steps take on this host, from one beginning to the next. Only the thread that steps may call it."""
+
+    def __init__(self) -> None:
+        self._start_ns = 0
+
+    def begin(self, now_ns: int, measured_us: float | None) -> int:
+        """A step begins: microseconds that the one before it took, 0 if that is not known.
+
+        Args:
+            now_ns: a monotonic clock.
+            measured_us: what the engine says that it took; None: it does not say.
+        """
+        start_ns, self._start_ns = self._start_ns, now_ns
+        if measured_us is not None:
+            return int(measured_us)
+        return (now_ns - start_ns) // 1000 if start_ns else 0
 
 
 class StepPace:

@@ -23,6 +23,7 @@ from eplb_async.core.load import LoadKind, Phase, fold_slots
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.row_history import RowHistory
+from eplb_async.runtime.step_times import StepTimes
 from eplb_async.runtime.windows import LoadWindows
 from eplb_async.shm.ring import PHASES, Batch, LoadRing
 
@@ -87,6 +88,7 @@ class Collector:
         self._readers = {rank: _Reader(ring) for rank, ring in rings.items()}
         self.load = LoadWindows((spec.num_layers, spec.num_experts), *steps_and_windows)
         self.num_completed = 0
+        self._times = StepTimes()
         self.unfolded_L = np.zeros(spec.num_layers, dtype=np.int64)
         self._phase_records = np.zeros(len(PHASES), dtype=np.int64)
         self._serves = "all"
@@ -102,7 +104,7 @@ class Collector:
         """Which load goes into windows from now on: "all", "prefill" or "decode"; windows of other load are forgotten."""
         if phases != self._serves:
             self._serves = phases
-            self.load.kept.clear()
+            self.load.clear()
             self._begin_anew()
 
     @property
@@ -138,6 +140,7 @@ class Collector:
             batch = self._valid(reader, batch, newest_step())
             if len(batch.step):
                 reader.read_step = int(batch.step[-1])
+                self._times.add(rank, batch, self.load.steps, _SERVED[self._serves])
                 self._phase_records += np.bincount(batch.phase, minlength=len(PHASES))
                 if reader.first_step is None:
                     reader.first_step = int(batch.step[0])
@@ -156,7 +159,8 @@ class Collector:
         closed = 0
         for window in sorted(window for window in self._open if window < end):
             load_LE = self._open.pop(window)
-            if window >= first and self.load.add(window, load_LE):
+            times = self._times.close(window)
+            if window >= first and self.load.add(window, load_LE, times):
                 closed += 1
         self.num_completed += max(0, end - max(self._next_window, first))
         self._next_window = max(self._next_window, end)
@@ -186,6 +190,7 @@ class Collector:
     def _begin_anew(self) -> None:
         """Windows begin with the next records."""
         self._open.clear()
+        self._times.clear()
         for reader in self._readers.values():
             reader.first_step = reader.folded_step + 1 if reader.first_step is not None else None
         self._next_window = 0
@@ -220,9 +225,7 @@ class Collector:
             )
         reader.damaged += int(bad.sum())
         good = ~bad
-        return Batch(
-            batch.step[good], batch.phase[good], batch.version[good], batch.tokens[good], batch.counts[good], batch.lost
-        )
+        return batch.part(good)
 
     def _fold_waiting(self, reader: _Reader) -> None:
         while reader.waiting:
@@ -233,15 +236,7 @@ class Collector:
             cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(batch.step)]
             for first, last in pairwise(cuts):
                 if served[first] and not self._add(reader, batch, first, last):
-                    rest = slice(first, None)
-                    reader.waiting[0] = Batch(
-                        batch.step[rest],
-                        batch.phase[rest],
-                        batch.version[rest],
-                        batch.tokens[rest],
-                        batch.counts[rest],
-                        0,
-                    )
+                    reader.waiting[0] = batch.part(slice(first, None))
                     return
                 reader.folded_step = int(batch.step[last - 1])
             reader.waiting.popleft()

@@ -1,7 +1,7 @@
 """Slow steps are noticed, and what lasts becomes the usual."""
 
 from eplb_async.core.load import Phase
-from eplb_async.rank.pace import StepPace
+from eplb_async.rank.pace import StepClock, StepPace
 
 MS = 1_000_000
 
@@ -38,3 +38,10 @@ def test_what_lasts_becomes_usual() -> None:
 def test_zero_ratio_never_waits() -> None:
     """Switched off."""
     assert all(calm(StepPace(0.0), [(Phase.DECODE, 10), (Phase.DECODE, 1000), (Phase.DECODE, 1)]))
+
+
+def test_a_step_is_timed_from_its_begin_to_the_next() -> None:
+    """The first has none before it; what the engine says goes before the clock, also that it is not to be counted."""
+    clock = StepClock()
+    begins = [(5 * MS, None), (15 * MS, None), (40 * MS, 9_000.7), (41 * MS, 0.0), (43 * MS, None)]
+    assert [clock.begin(at, measured) for at, measured in begins] == [0, 10_000, 9_000, 0, 2_000]

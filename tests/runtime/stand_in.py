@@ -94,8 +94,8 @@ class StandInGroup:
         share_E = self.popularity_E / self.popularity_E.sum()
         return np.tile((share_E * (tokens + rank)).astype(np.int64), (self.info.spec.num_layers, 1))
 
-    def step(self, phase: Phase = Phase.DECODE) -> None:
-        """One step of all ranks: words, decision, plan, forward, record."""
+    def step(self, phase: Phase = Phase.DECODE, previous_us: int = 0) -> None:
+        """One step of all ranks: words, decision, plan, forward, record, which tells what the step before took."""
         for rank in range(self.words.num_ranks):
             digest = NO_PLAN if self.plan is None else 1
             self.words.publish(rank, self.step_number, (self.staged, self.committed, self.error, digest))
@@ -103,7 +103,7 @@ class StandInGroup:
         self._decide()
         self._adopt()
         for rank, ring in enumerate(self.rings):
-            ring.begin(self.step_number, phase, self.decided, 1000)[:] = self._counts(rank)
+            ring.begin(self.step_number, phase, self.decided, 1000, previous_us)[:] = self._counts(rank)
             ring.publish()
         self.step_number += 1
 

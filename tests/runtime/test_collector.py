@@ -266,3 +266,17 @@ def test_other_phases_begin_new_windows(watch: Callable[..., Watched]) -> None:
         watched.ranks.step(Phase.DECODE)
     assert watched.look() >= 1
     np.testing.assert_array_equal(watched.collector.windows[0][1], 5 * per_step(watched.ranks))
+
+
+def test_windows_know_how_long_their_steps_took(watch: Callable[..., Watched]) -> None:
+    """Mean over the served steps whose time was told; times go with their window, and are forgotten with it."""
+    watched = watch(num_windows=2)
+    for step in range(16):
+        watched.ranks.step(Phase.DECODE, 1000 * step)
+    watched.look()
+    assert list(watched.collector.load.times) == [1, 2]
+    times = watched.collector.load.times[2]
+    # of step 10 the record of step 11 tells
+    assert (times.num_steps, times.num_timed, times.step_us) == (5, 5, 13_000.0)
+    watched.collector.serve("decode")
+    assert not watched.collector.load.times

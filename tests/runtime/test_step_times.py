@@ -1,0 +1,72 @@
+"""Step times go to the step that they are of, pauses are not counted, and ranks are not added up."""
+
+import numpy as np
+
+from eplb_async.core.load import Phase
+from eplb_async.runtime.step_times import StepTimes, WindowTimes
+from eplb_async.shm.ring import PHASES, Batch
+
+ALL = np.array([phase.counts for phase in PHASES])
+DECODE = np.array([phase is Phase.DECODE for phase in PHASES])
+
+
+def batch(
+    first: int, previous_us: list[int], phases: str = "", versions: tuple[int, ...] = (), pulled: int = 0
+) -> Batch:
+    """Records from step `first` on; phases by their first letter (u: dummy), decode by default."""
+    num = len(previous_us)
+    letters = {"p": Phase.PREFILL, "d": Phase.DECODE, "u": Phase.DUMMY}
+    return Batch(
+        step=np.arange(first, first + num),
+        phase=np.array([PHASES.index(letters[letter]) for letter in phases or "d" * num]),
+        version=np.array(versions or [5] * num),
+        tokens=np.ones(num, dtype=np.int64),
+        counts=np.zeros((num, 1, 1), dtype=np.int32),
+        lost=0,
+        previous_us=np.array(previous_us),
+        pulled=np.full(num, pulled),
+    )
+
+
+def test_the_example_of_the_module() -> None:
+    """A time is that of the record before, also over the end of a window and of a batch."""
+    times = StepTimes()
+    times.add(0, batch(8, [0, 10_000, 11_000], "ddp"), 10, DECODE)
+    times.add(0, batch(11, [90_000]), 10, DECODE)
+    assert times.close(0) == WindowTimes(num_steps=2, num_timed=2, step_us=10_500.0)
+    assert times.close(1) == WindowTimes(num_steps=1)
+
+
+def test_pauses_are_left_out() -> None:
+    """One wait of a second among steps of 10 ms is no step; prompts are told from it by their phase."""
+    times = StepTimes()
+    times.add(0, batch(0, [0, *[10_000] * 8, 1_000_000, 10_000, 200_000, 0], "ddddddddddpdd"), 13, ALL)
+    assert times.close(0) == WindowTimes(num_steps=13, num_timed=10, step_us=(9 * 10_000 + 200_000) / 10)
+
+
+def test_ranks_count_once() -> None:
+    """The slowest rank's mean, the sum of what all pulled, one commit for all; a rank that served less counts for less."""
+    times = StepTimes()
+    times.add(0, batch(0, [0, 100, 100, 100], versions=(5, 5, 6, 7), pulled=3), 4, ALL)
+    times.add(1, batch(0, [0, 120, 120, 120], "dddu", versions=(5, 5, 6, 7), pulled=2), 4, ALL)
+    assert times.close(0) == WindowTimes(num_steps=4, num_timed=3, step_us=120.0, pulled_bytes=20, num_commits=2)
+
+
+def test_what_is_unknown_or_damaged_has_no_time() -> None:
+    """No time was told, the record before is missing, or the number is nonsense."""
+    times = StepTimes()
+    times.add(0, batch(0, [0, 0, -5, 1 << 60]), 10, ALL)
+    times.add(0, batch(6, [100, 200]), 10, ALL)
+    assert times.close(0) == WindowTimes(num_steps=6, num_timed=1, step_us=200.0)
+
+
+def test_closed_windows_stay_closed() -> None:
+    """The time of a window's last step that comes too late is not counted elsewhere; nothing is kept over a new beginning."""
+    times = StepTimes()
+    times.add(0, batch(0, [0, 100]), 2, ALL)
+    assert times.close(0).num_timed == 1
+    times.add(0, batch(2, [100, 100]), 2, ALL)
+    assert times.close(1).num_timed == 1
+    times.add(0, batch(4, [100]), 2, ALL)
+    times.clear()
+    assert times.close(2) == WindowTimes()
