@@ -1,6 +1,7 @@
 """Building a hook's parts at attach, and taking them apart at detach, so that nothing is left behind either way."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from eplb_async.rank.maps import Maps
 from eplb_async.rank.meeting import node_group
 from eplb_async.rank.membership import Membership
 from eplb_async.rank.nodes import Hello, NodesJoined
-from eplb_async.rank.pace import StepClock, StepPace
+from eplb_async.rank.pace import Pace
 from eplb_async.rank.plan_reader import PlanReader
 from eplb_async.rank.platform import Platform, choose_platform
 from eplb_async.rank.recorder import Recorder, check_load
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 __all__ = ["AttachRequest", "Parts", "assemble"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +109,7 @@ class Parts:
     maps: Maps
     recorder: Recorder
     capturing: Callable[[], bool]
-    pace: StepPace
-    clock: StepClock
+    pace: Pace
 
     def close(self) -> None:
         """End the threads, then leave the group; that in any case, though a thread hangs.
@@ -162,10 +164,20 @@ def assemble(request: AttachRequest) -> Parts:
         if request.daemon == "required" and not daemon_running(settings):
             raise DaemonUnavailable(str(directory))
         joining = _Joining(request, info, placement_LP, kind, platform, transfer)
-        return joining.join(directory)
+        parts = joining.join(directory)
     except BaseException:
         transfer.close()
         raise
+    log.info(
+        "group %s rank %d attached: incarnation %d, %d staging rows (%d bytes), %s",
+        request.group,
+        request.rank,
+        parts.membership.words.incarnation,
+        request.staging_rows,
+        transfer.staging.num_bytes,
+        settings.hook,
+    )
+    return parts
 
 
 class _Joining:
@@ -224,6 +236,8 @@ class _Joining:
             exchange = SharedMemoryExchange(membership.words, request.rank, settings.hook.peer_deadline_s)
         live = membership.live if request.rank == info.ranks[0] else None
         recorder = self._platform.recorder(request.load, self._ring)
+        pace = Pace(settings.hook, max(info.slot_bytes))
+        self._ring.show_pace(pace.budget_bytes, 0, 0)
         reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
         return Parts(
             group=request.group,
@@ -239,8 +253,7 @@ class _Joining:
             maps=maps,
             recorder=recorder,
             capturing=self._platform.capturing,
-            pace=StepPace(settings.hook.slow_step_ratio),
-            clock=StepClock(),
+            pace=pace,
         )
 
     def _expected(self, fingerprints: ExpertFingerprints | None) -> Callable[[int, int], Sequence[int] | None]:

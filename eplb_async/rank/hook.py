@@ -132,17 +132,7 @@ class RankHook:
                 rendezvous=rendezvous,
             )
         )
-        hook = cls(parts)
-        log.info(
-            "group %s rank %d attached: incarnation %d, %d staging rows (%d bytes), %s",
-            group,
-            rank,
-            parts.membership.words.incarnation,
-            parts.info.staging_rows,
-            parts.transfer.staging.num_bytes,
-            settings.hook,
-        )
-        return hook
+        return cls(parts)
 
     def step(
         self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0, last_step_us: float | None = None
@@ -180,9 +170,9 @@ class RankHook:
             raise LifecycleError(
                 f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called"
             )
-        self._phase, self._tokens = phase_of(phase), num_tokens
-        start = time.perf_counter_ns()
-        self._previous_us = self._parts.clock.begin(start, last_step_us)
+        entered, start = phase_of(phase), time.perf_counter_ns()
+        self._previous_us = self._parts.pace.begin(start, self._phase, self._tokens, last_step_us)
+        self._phase, self._tokens = entered, num_tokens
         try:
             if not self._quiet:
                 self._advance(start, published=False)
@@ -215,7 +205,7 @@ class RankHook:
 
     def statistics(self) -> HookStatistics:
         """Counters and the host time of each phase of the hook."""
-        agreement, stager = self._agreement, self._parts.stager
+        agreement, stager, pace = self._agreement, self._parts.stager, self._parts.pace
         return HookStatistics(
             step=self._step,
             generation=generation_of(agreement.decided),
@@ -226,6 +216,9 @@ class RankHook:
             rows_pulled=stager.rows_pulled,
             bytes_pulled=stager.bytes_pulled,
             staging_bytes=self._parts.transfer.staging.num_bytes,
+            pull_budget_bytes=pace.budget_bytes,
+            pull_pauses=pace.num_pauses,
+            pull_slowdowns=pace.num_slowdowns,
             draining=stager.orphaned,
             pulls_abandoned=stager.pulls_abandoned,
             last_error="plan {}: {}".format(*self._failure) if self._failure[0] else "",
@@ -289,13 +282,16 @@ class RankHook:
             self._apply(decision)
             applied = clock()
             self._times[HookPhase.COMMIT].add(applied - agreed)
+        num_plans, spent = self._num_plans, 0
         self._adopt(words)
         if self._plan is not None:
             parts.stager.agree(words)
             if not agreement.failed:
-                if parts.pace.step(self._phase, start):
-                    parts.stager.issue(words.committed)
+                spent = parts.stager.issue(words.committed, parts.pace.grant(self._phase))
                 self._poll_staged()
+            parts.recorder.ring.show_pace(parts.pace.budget_bytes, parts.pace.num_pauses, parts.pace.num_slowdowns)
+        odd = decision.verdict is not Verdict.NOTHING or self._num_plans > num_plans or bool(parts.committer.running)
+        parts.pace.ran(spent, parts.stager.bytes_in_flight, odd=odd)
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
         self._times[HookPhase.AGREE].add(agreed - polled)
@@ -375,7 +371,6 @@ class RankHook:
                 self._fail(generation, found.why)
                 return
             agreement.adopt(found)
-            parts.pace.pause()
             parts.stager.start(found)
             self._deadline.start(self._step)
             self._plan = found
@@ -392,6 +387,7 @@ class RankHook:
     def _discard_step(self) -> None:
         if self._running:
             self._parts.recorder.discard(self._step, self._version)
+            self._parts.pace.ran(0, 0, odd=True)
             self._finish_step()
 
     def _finish_step(self) -> None:

@@ -131,14 +131,14 @@ def _shadow(shadow: ShadowStatus) -> str:
 
 
 def _ranks(group: GroupStatus) -> Table:
-    table = _table(
-        "rank", "pid", "state", "step", "staged", "committed", "records", "lost", "missed", "damaged", "unfolded"
-    )
+    names = ("rank", "pid", "state", "step", "staged", "committed", "records", "lost", "missed", "damaged", "unfolded")
+    table = _table(*names, "budget", "pauses", "slowed")
     for rank in group.ranks:
         counters = (f"{generation}.{position}" for generation, position in (rank.staged, rank.committed))
         state = f"[red]{rank.state}[/]" if rank.state == "gone" else rank.state
         numbers = (rank.records, rank.lost, rank.missed, rank.damaged, rank.unfolded)
-        table.add_row(str(rank.rank), str(rank.pid), state, str(rank.step), *counters, *map(str, numbers))
+        pace = (_bytes(rank.budget_bytes), str(rank.pauses), str(rank.slowdowns))
+        table.add_row(str(rank.rank), str(rank.pid), state, str(rank.step), *counters, *map(str, numbers), *pace)
     return table
 
 

@@ -44,7 +44,7 @@ _INT32_MAX = (1 << 31) - 1
 
 class RingStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What came from one ring: whole records, those overwritten before they were read, before the daemon looked for the
-    first time (missed), nonsense (damaged), and records of which some layer could not be folded; newest step seen."""
+    first time (missed), nonsense (damaged), and records of which some layer could not be folded; newest step seen; LoadRing.pace."""
 
     rank: int
     num_records: int
@@ -53,6 +53,7 @@ class RingStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_damaged: int
     num_unfolded: int
     newest_step: int
+    pace: tuple[int, int, int]
 
 
 class _Reader:
@@ -177,6 +178,7 @@ class Collector:
                 num_damaged=reader.damaged,
                 num_unfolded=reader.unfolded,
                 newest_step=reader.read_step,
+                pace=reader.ring.pace,
             )
             for rank, reader in sorted(self._readers.items())
         ]

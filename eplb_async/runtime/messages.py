@@ -110,7 +110,8 @@ class AnswerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: `state` of its member line in lower case, or "gone"; counters as (generation, position)."""
+    """One rank: `state` of its member line in lower case, or "gone"; counters as (generation, position). `budget_bytes`: that a step of it may begin to
+    pull now; `pauses`, `slowdowns`: of its pulls since it attached."""
 
     rank: int
     pid: int
@@ -123,6 +124,9 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     missed: int
     damaged: int
     unfolded: int
+    budget_bytes: int = 0
+    pauses: int = 0
+    slowdowns: int = 0
 
 
 class PlanProgress(msgspec.Struct, frozen=True, kw_only=True):

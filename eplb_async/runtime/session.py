@@ -297,4 +297,7 @@ def _rank_status(rank: int, member: Member, word: Word, ring: RingStatistics, go
         missed=ring.num_missed,
         damaged=ring.num_damaged,
         unfolded=ring.num_unfolded,
+        budget_bytes=ring.pace[0],
+        pauses=ring.pace[1],
+        slowdowns=ring.pace[2],
     )

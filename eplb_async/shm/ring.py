@@ -1,6 +1,7 @@
 """The load ring: one rank writes a record per step, one daemon reads them. The writer never waits.
 
-    data   0  reserved       i64: records ever begun
+    data   0  reserved       i64: records ever begun; then how the rank paces its transfers, for people: 8 budget in bytes,
+                             16 pauses, 24 slow-downs, each written by itself
           64  published      i64: records ever finished
          128  taken          i64: records ever read; written by the reader, so that its successor goes on from there
          192  records        N records: 0 step, 8 phase, 16 version, 24 tokens, 32 previous_us, 40 pulled, then at 64 the
@@ -32,10 +33,9 @@ from eplb_async.shm.segment import Segment
 
 __all__ = ["Batch", "LoadRing", "RingInfo"]
 
-LAYOUT = (
-    "ring 2: reserved 64, published 64, taken 64; record step phase version tokens previous_us pulled 64, counts int32"
-)
+LAYOUT = "ring 2: reserved pace 64, published 64, taken 64; record step phase version tokens previous_us pulled 64, counts int32"
 _RESERVED, _PUBLISHED, _TAKEN, _RECORDS = 0, 64, 128, 192
+_PACE = (8, 16, 24)
 _COUNTS = 64
 _NUM_FIELDS = 6
 PHASES = tuple(Phase)
@@ -183,6 +183,17 @@ class LoadRing:
     def publish_finished(self) -> None:
         """Publish all finished records, on behalf of a device that has written them."""
         self._atomics.store_release(self.published_address, self._written)
+
+    def show_pace(self, budget_bytes: int, num_pauses: int, num_slowdowns: int) -> None:
+        """For `eplb-async status`; only the rank's own thread calls this."""
+        for place, value in zip(_PACE, (budget_bytes, num_pauses, num_slowdowns), strict=True):
+            self._atomics.store_release(self._address + place, value)
+
+    @property
+    def pace(self) -> tuple[int, int, int]:
+        """What was last shown."""
+        budget, pauses, slowdowns = (self._atomics.load_acquire(self._address + place) for place in _PACE)
+        return budget, pauses, slowdowns
 
     def read(self, most: int = 1 << 30) -> Batch:
         """All records since the last read, at most `most`. Only the daemon calls this; it never blocks the writer."""

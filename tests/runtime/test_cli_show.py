@@ -1,9 +1,12 @@
 """What people read of decisions."""
 
+from typing import Any
+
 import pytest
 
 from eplb_async.observability.history import Decision, Outcome
-from eplb_async.runtime.cli_show import show_history
+from eplb_async.runtime.cli_show import show_history, show_status
+from eplb_async.runtime.messages import DaemonStatus, GroupStatus, RankStatus
 
 __all__: list[str] = []
 
@@ -30,3 +33,47 @@ def test_the_history_says_whether_a_plan_paid(
     assert f"{decision.verdict}; trust 1.00 -> 0.70" in capsys.readouterr().out
     show_history({"g": [Decision(**{**{f: getattr(decision, f) for f in decision.__struct_fields__}, "verdict": ""})]})
     assert "trust" not in capsys.readouterr().out
+
+
+def status_of(**fields: Any) -> DaemonStatus:
+    """A daemon with one group of one rank, and these fields of the group."""
+    rank = RankStatus(
+        rank=0,
+        pid=77,
+        state="ready",
+        step=5,
+        staged=(1, 0),
+        committed=(1, 0),
+        records=5,
+        lost=0,
+        missed=0,
+        damaged=0,
+        unfolded=0,
+        budget_bytes=3 << 20,
+        pauses=8,
+        slowdowns=9,
+    )
+    group = GroupStatus(group="g", incarnation=1, state="serving", problems=(), ranks=(rank,), **fields)
+    return DaemonStatus(
+        pid=1,
+        release="0",
+        uptime_s=1.0,
+        cpu_s=0.1,
+        cpu_share=0.01,
+        memory_bytes=1,
+        loop_lag_s=0.0,
+        loop_lag_worst_s=0.0,
+        policy="default",
+        pool={},
+        groups=(group,),
+    )
+
+
+def test_the_pace_of_each_rank_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budget per step, pauses, and how often it was cut."""
+    monkeypatch.setenv("COLUMNS", "200")
+    show_status(status_of())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = next(line for line in lines if "budget" in line)
+    assert head[-3:] == ["budget", "pauses", "slowed"]
+    assert next(line for line in lines if "77" in line)[-4:] == ["3.0", "MiB", "8", "9"]

@@ -194,3 +194,16 @@ def test_damaged_counters_heal(group: str, place: int, bit: int) -> None:
             assert 0 <= batch.lost <= 12
         assert found[-1:] == [11]
         assert (ring.read().step).tolist() == []
+
+
+def test_pace_is_shown_beside_the_records(group: str) -> None:
+    """Budget, pauses and slow-downs, for whoever looks; records are not touched."""
+    with ring_of(group) as writer:
+        begin(writer, 0)
+        writer.show_pace(1 << 40, 3, 5)
+        writer.publish()
+        reader = LoadRing.open(group, 1, 3)
+        assert reader.pace == (1 << 40, 3, 5)
+        check(reader.read(), 0)
+        assert reader.pace == (1 << 40, 3, 5)
+        reader.close()
