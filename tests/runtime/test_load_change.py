@@ -50,7 +50,7 @@ def test_other_traffic_is_told_apart_at_once_and_a_slow_change_in_time() -> None
 
 
 def test_what_counts_as_since() -> None:
-    """Unknown before a decision and once it is forgotten; 0 without newer windows; the newest alone can tell."""
+    """Unknown before a decision, once it is forgotten, and with a window after one that settled nothing; 0 without newer windows; the newest alone can tell."""
     rng, change = np.random.default_rng(3), LoadChange()
     kept = [(at, load) for at, load in enumerate(windows(rng, SHARE_LE, 16).astype(np.int64))]
     assert change.since(kept) == math.inf
@@ -61,3 +61,12 @@ def test_what_counts_as_since() -> None:
     assert change.since([*kept, odd]) > 50
     change.forget()
     assert change.since(kept) == math.inf
+    assert change.stayed(20) == 0
+    change.decided(kept[:4], 5)
+    change.decided(kept[8:], 15)
+    assert change.stayed(15) == 16
+    change.changed()
+    assert change.stayed(15) == 0
+    change.undecided(15)
+    assert change.since(kept) == 0.0
+    assert change.since([*kept, odd]) == math.inf
