@@ -1,11 +1,13 @@
 """Load has changed when it differs by more than its own scatter."""
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
 
 from eplb_async.runtime.load_change import LoadChange, load_change
+from eplb_async.runtime.windows import Window
 
 __all__: list[str] = []
 
@@ -70,3 +72,18 @@ def test_what_counts_as_since() -> None:
     change.undecided(15)
     assert change.since(kept) == 0.0
     assert change.since([*kept, odd]) == math.inf
+
+
+def test_kept_up_window_by_window_it_is_the_same() -> None:
+    """Windows come, and go once there are as many as are kept: the same number as from all of those that are left."""
+    rng, change, kept = np.random.default_rng(4), LoadChange(), deque[Window](maxlen=6)
+    before, decided_at = np.empty(0), 99
+    for at, load in enumerate(windows(rng, SHARE_LE, 20, 0.3).astype(np.int64)):
+        kept.append((at, load))
+        if at in (3, 12):
+            before = np.array([load_LE for _, load_LE in kept])
+            change.decided(list(kept), decided_at := at)
+        elif at > decided_at:
+            new = np.array([load_LE for index, load_LE in kept if index > decided_at])
+            expected = max(load_change(before, new), load_change(before, new[-1:]))
+            assert change.since(kept) == pytest.approx(expected, rel=1e-9)
