@@ -32,6 +32,7 @@ __all__ = [
     "check_group_name",
     "child_environment",
     "config_path",
+    "daemon_variables",
     "load_settings",
     "notify_socket",
     "policy_cache",
@@ -249,11 +250,13 @@ def settings_environment(settings: Settings) -> dict[str, str]:
         ours, theirs = getattr(settings, table), getattr(inherited, table)
         for field in ours.__struct_fields__:
             if (value := getattr(ours, field)) != getattr(theirs, field):
-                # JSON has no inf, which is a deadline that never comes
-                plain = value if isinstance(value, str) else repr(value) if isinstance(value, float) else None
-                text = plain if plain is not None else msgspec.json.encode(value).decode()
-                variables[f"{PREFIX}{table.upper()}_{field.upper()}"] = text
+                variables[f"{PREFIX}{table.upper()}_{field.upper()}"] = _as_text(value)
     return variables
+
+
+def daemon_variables(daemon: Mapping[str, Any]) -> dict[str, str]:
+    """Variables that say what a table `daemon` says."""
+    return {f"{PREFIX}DAEMON_{name.upper()}": _as_text(value) for name, value in daemon.items()}
 
 
 def check_group_name(group: str) -> str:
@@ -268,6 +271,12 @@ def check_group_name(group: str) -> str:
             "a group's name has 1 to 64 letters, digits, '.', '_' or '-', and does not start with '.'",
         )
     return group
+
+
+def _as_text(value: Any) -> str:
+    """A value as a variable holds it; JSON has no inf, which is a deadline that never comes."""
+    plain = value if isinstance(value, str) else repr(value) if isinstance(value, float) else None
+    return plain if plain is not None else msgspec.json.encode(value).decode()
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,33 @@
 """Settings of the daemon; read by config.py."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from eplb_async.core.setting_checks import at_least, plain, positive
 
-__all__ = ["DaemonSettings"]
+__all__ = ["EAGER", "DaemonSettings"]
+
+EAGER: Mapping[str, Any] = {
+    "policy": "default",
+    "num_windows": 8,
+    "par_drift": 1e9,
+    "memory": "all",
+    "least_change": 0.0,
+    "confidence": 0.0,
+    "move_cost": 0.0,
+}
+"""Settings that plan at every interval, on all windows kept, and move for any gain, whatever it costs, as the schedules of engines do. For comparisons
+with those, and for tests and demonstrations, whose few hundred steps stand for hours: there no gain lives long enough to pay for its bytes."""
 
 
 class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of the daemon.
+    """Settings of the daemon. The defaults are what we recommend, chosen by replay of recorded traffic (docs/planning.md).
 
     Fields:
         policy: name of the placement policy; `eplb-async serve --help` lists them.
-        policy_options: its options, checked by the policy.
+        policy_options: its options, checked by the policy. What a move costs is no option of it: `move_cost` is told to each policy that can use it.
         shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
         serve: which steps' load placement serves: all, or prefill or decode ones, mixed ones with either; dummy and profile steps never count.
         window_steps: steps summed into one window of load.
@@ -26,7 +39,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         par_threshold: decide only while the live PAR (mean over layers) is above this; 1 decides at every interval.
         min_gain: a layer moves only if its predicted PAR falls by at least this share of its PAR.
         move_cost: what filling all slots of a layer anew has to bring over the expected life of the gain, in PAR x steps; part of
-            them, so much less. 200: a gain of 0.1 that lives for 2000 steps pays for the whole layer. 0: any gain pays.
+            them, so much less. 1000: a gain of 0.5 that lives for 2000 steps pays for the whole layer, or one of 0.05 for a tenth of it. 0: any
+            gain pays. Policies that fill most slots anew, such as `default`, seldom pay 1000.
         confidence: a gain counts for as much as it is sure to be, these many standard deviations of the counts' sampling noise
             below what the windows say; 0 takes it as it is.
         memory: fitted: plan on as many of the newest windows as would have forecast the kept ones best, so that stale ones are left
@@ -47,21 +61,21 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         log_level: of the daemon's own log, on standard error.
     """
 
-    policy: str = "default"
+    policy: str = "frontier"
     policy_options: dict[str, Any] = {}
     shadow: bool = False
     serve: Literal["all", "prefill", "decode"] = "all"
-    window_steps: int = 100
-    num_windows: int = 8
-    interval_steps: int = 1000
-    par_drift: float = 1e9
-    min_gap_steps: int = 100
+    window_steps: int = 50
+    num_windows: int = 16
+    interval_steps: int = 100
+    par_drift: float = 0.05
+    min_gap_steps: int = 50
     par_threshold: float = 1.05
     min_gain: float = 0.02
-    move_cost: float = 0.0
-    confidence: float = 0.0
-    memory: Literal["fitted", "all"] = "all"
-    least_change: float = 0.0
+    move_cost: float = 1000.0
+    confidence: float = 1.0
+    memory: Literal["fitted", "all"] = "fitted"
+    least_change: float = 2.0
     regret_windows: int = 4
     bytes_per_step: int = 0
     budget_steps: int = 2000

@@ -88,10 +88,10 @@ class Decisions:
         ) -> NDArray[np.float64]:
             return par(rank_load(load, rows, facts.spec.topology, share))
 
-        self.life, self.regret = GainLife(par_of), Regret(par_of, facts.spec.num_ranks)
+        self.life, self.regret = GainLife(par_of, settings.window_steps), Regret(par_of, facts.spec.num_ranks)
         self._published: PastPlan | None = None
         self._change, self._decided_with = LoadChange(), settings
-        self._load_change = math.inf
+        self._load_change = self._worth_retrying = math.inf
 
     @property
     def open_number(self) -> int | None:
@@ -115,6 +115,8 @@ class Decisions:
             self._measure()
             if self.settings.least_change:
                 self._load_change = self._change.since(self._windows.kept)
+                if self._load_change >= self.settings.least_change:
+                    self._change.changed()
             for window in list(self._windows.kept)[-new_windows:]:
                 self.life.window(window[1])
                 self._judge_past(window)
@@ -140,8 +142,7 @@ class Decisions:
                 par_newest=self._par_newest,
                 par_reached=self._par_reached,
                 par_drift=self.settings.par_drift,
-                # with other settings, other things pay
-                load_change=self._load_change if self._decided_with == self.settings else math.inf,
+                load_change=self._load_change if self._is_settled() else math.inf,
                 least_change=self.settings.least_change,
             )
         )
@@ -290,10 +291,20 @@ class Decisions:
             min_gain=settings.min_gain / trust,
             capacity=facts.capacity,
             budget_bytes=int(self._budget_bytes) if settings.bytes_per_step else None,
-            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0) / trust,
+            price=settings.move_cost / max(self._expected_life() * settings.window_steps, 1.0) / trust,
             confidence=settings.confidence / trust,
             fitted_memory=settings.memory == "fitted",
         )
+
+    def _expected_life(self) -> float:
+        """Windows that gains are expected to live: as past ones did, and at least as long as the traffic that is known to stay."""
+        if not self.settings.least_change or not self._windows.kept:
+            return self.life.windows
+        return max(self.life.windows, float(self._change.stayed(self._windows.kept[-1][0])))
+
+    def _is_settled(self) -> bool:
+        """False where the same load may be decided on otherwise: with other settings, other things pay, and so they do once load has stayed for long."""
+        return self._decided_with == self.settings and self._expected_life() < self._worth_retrying
 
     def _revert_request(self, generation: int, revert: Revert) -> PlanRequest:
         """Back to rows that were better, as far as they are on the windows since: what was shown needs no price."""
@@ -329,9 +340,11 @@ class Decisions:
         gain = sum(proposal.par_before_L) - sum(proposal.par_after_L)
         unsure = proposal.uncertain > gain and proposal.num_windows < self.settings.num_windows
         if proposal.num_left_out or unsure or not kept:
-            self._change.forget()
+            self._change.undecided(kept[-1][0] if kept else -1)
         else:
             self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
+        # else policies that move much at once never would: with each retry, half the price
+        self._worth_retrying = 2 * self._expected_life() if proposal.num_dear and not proposal.entries else math.inf
         self._load_change = self._change.since(kept)
 
     def _measure(self) -> None:

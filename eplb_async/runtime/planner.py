@@ -119,6 +119,7 @@ def choose_entries(request: PlanRequest, target_LP: IntArray, state: bytes) -> P
         state=state,
         num_windows=request.windows.shape[0],
         num_left_out=cut,
+        num_dear=outlook.num_dear,
         uncertain=outlook.uncertain,
     )
 
@@ -202,8 +203,18 @@ def _why(chosen: list[_Layer], cut: int, outlook: Outlook, min_gain: float) -> s
     least_L = np.minimum(outlook.stay_L, outlook.target_L)
     best = float(((outlook.before_L - least_L) / outlook.before_L).max(initial=0.0))
     if not chosen and not cut:
-        return f"the best layer's PAR would fall by {best:.1%}, needed are {min_gain:.1%}"
+        return f"the best layer's PAR would fall by {best:.1%}, {_refused(outlook, min_gain)}"
     refitted = sum(bool(outlook.refits_L[change.layer]) for change in chosen)
     tables = f", {refitted} of them by dispatch tables alone" if refitted else ""
     left = f", {cut} more do not fit the board or the budget" if cut else ""
     return f"{len(chosen)} of {len(outlook.before_L)} layers pay{tables} (best: PAR falls by {best:.1%}){left}"
+
+
+def _refused(outlook: Outlook, min_gain: float) -> str:
+    """Why no layer pays: a user who set nothing but a policy that moves much has to learn which setting holds it back."""
+    reasons = []
+    if outlook.num_dear:
+        reasons.append(f"{outlook.num_dear} layers gain less than their moves cost (daemon.move_cost)")
+    if outlook.num_uncertain:
+        reasons.append(f"{outlook.num_uncertain} gain no more than may be sampling noise (daemon.confidence)")
+    return " and ".join(reasons) if reasons else f"needed are {min_gain:.1%}"

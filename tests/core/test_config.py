@@ -16,10 +16,13 @@ from eplb_async.core.config import (
     HookSettings,
     IntegrationSettings,
     Settings,
+    daemon_variables,
     load_settings,
     policy_cache,
 )
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.errors import ConfigError
+from eplb_async.policies.registry import BUILT_IN, check_choice
 
 EXAMPLE = """
 runtime_dir = "/run/file"
@@ -48,10 +51,30 @@ def test_defaults_without_file_and_environment() -> None:
     assert settings == Settings()
     assert (settings.hook.lag, settings.hook.history, settings.hook.verify) == (2, 64, "all")
     assert (settings.daemon.policy, settings.daemon.policy_options, settings.daemon.exit_when_idle_s) == (
-        "default",
+        "frontier",
         {},
         0,
     )
+
+
+@pytest.mark.parametrize("policy", sorted(BUILT_IN))
+def test_a_policy_alone_is_enough(policy: str) -> None:
+    """No default belongs to one policy only: its name is all that a user has to set."""
+    settings = load_settings(None, {"EPLB_ASYNC_DAEMON_POLICY": policy})
+    check_choice(settings.daemon.policy, settings.daemon.policy_options)
+
+
+def test_a_table_as_variables() -> None:
+    """Every kind of value arrives as it is: text, numbers, inf, options."""
+    daemon = {
+        **EAGER,
+        "policy_options": {"seed": 3},
+        "window_steps": 7,
+        "plan_deadline_s": float("inf"),
+        "shadow": True,
+    }
+    assert load_settings(None, daemon_variables(daemon)).daemon == DaemonSettings(**daemon)
+    assert set(EAGER) <= set(DaemonSettings.__struct_fields__)
 
 
 def test_file_goes_over_defaults(file: Path) -> None:
