@@ -49,6 +49,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             makes of it (about 1 where traffic stays). 2 is well beyond chance; 0 decides anyway.
         regret_windows: windows after a commit by which a plan is judged: what brought less than was predicted lowers the trust in later gains, and
             layers that were better off before go back, once. 0: plans are not judged.
+        weigh_time: once step times have told what tokens, bytes and commits cost, do not make a plan that saves less time than its moves take.
         bytes_per_step: most bytes that plans may move per step, on average over all ranks together; 0: no limit.
         budget_steps: for how many steps bytes that were not needed are kept; a plan can spend them at once.
         poll_interval_s: how often rings and words are read.
@@ -77,6 +78,7 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     memory: Literal["fitted", "all"] = "fitted"
     least_change: float = 2.0
     regret_windows: int = 4
+    weigh_time: bool = True
     bytes_per_step: int = 0
     budget_steps: int = 2000
     poll_interval_s: float = 0.1

@@ -30,6 +30,7 @@ from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.load_change import LoadChange
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
 from eplb_async.runtime.regret import Regret, Revert
+from eplb_async.runtime.step_costs import StepCosts
 from eplb_async.runtime.trigger import TriggerState, decide
 from eplb_async.runtime.windows import LoadWindows, Window
 
@@ -61,6 +62,7 @@ class Decisions:
         settings: DaemonSettings,
         record: tuple[DecisionHistory, int],
         clock: Clock,
+        costs: StepCosts,
     ) -> None:
         """Nothing was decided yet.
 
@@ -70,8 +72,9 @@ class Decisions:
             settings: of the daemon; may be replaced between two looks.
             record: where decisions are written down, and the number of the first.
             clock: for times.
+            costs: what steps take, under the placement that they run with.
         """
-        self.facts, self.settings, self._clock = facts, settings, clock
+        self.facts, self.settings, self._clock, self.costs = facts, settings, clock, costs
         self._windows, self._live = seen
         self._history, self.next_number = record
         self.par_live = self._par_newest = 1.0
@@ -109,6 +112,7 @@ class Decisions:
         if new_windows or placement_changed:
             self.par_live = mean_with_load(self._live_par())
         if new_windows:
+            self.costs.look(new_windows)
             self._par_newest = mean_with_load(self._par_of(list(self._windows.kept)[-1:]))
             if self._open is None and self._windows.first_step_of(self._windows.kept[-1][0]) >= self._since_step:
                 self._par_reached = min(self._par_reached, self._par_newest)
@@ -194,11 +198,17 @@ class Decisions:
             logger.error("group %s: decision %d failed: %s", self.facts.group, opened.number, result)
             self.finish(outcome=Outcome.FAILED, why=str(result), decide_s=decide_s)
             return None
-        decision = self._history.change(opened.number, decide_s=decide_s, **_numbers(result, opened.loaded_L))
-        if not result.entries or dry_run:
+        time = self.costs.predicted(result) if result.entries else {}
+        decision = self._history.change(opened.number, decide_s=decide_s, **_numbers(result, opened.loaded_L), **time)
+        refusal = ""
+        if self.settings.weigh_time and opened.may_revert:  # what was shown to be better needs no gain
+            life_steps = self._expected_life() * self.settings.window_steps
+            refusal = self.costs.refusal(time, life_steps, self.regret.trust)
+        if not result.entries or dry_run or refusal:
             if not dry_run:
-                self._decided_on(result)
-            self.finish(outcome=Outcome.DRY_RUN if result.entries else Outcome.NOTHING_PAYS, why=result.why)
+                self._decided_on(result, is_refused=bool(refusal))
+            outcome = Outcome.DRY_RUN if result.entries and dry_run else Outcome.NOTHING_PAYS
+            self.finish(outcome=outcome, why=refusal or result.why)
             return None
         return Plan(
             incarnation=self.facts.incarnation,
@@ -228,6 +238,7 @@ class Decisions:
             before_share_NP=None if share_LP is None else share_LP[layers],
         )
         if self._open is not None:
+            self.costs.publish(self._open.number)
             self._history.change(self._open.number, outcome=Outcome.PUBLISHED, why=proposal.why)
 
     def follow_end(self, ended: PlanOutcome, newest_step: int) -> None:
@@ -240,6 +251,7 @@ class Decisions:
         if not ended.finished:
             self._change.forget()
             self._load_change = math.inf
+            self.costs.leave_out(newest_step)
         if ended.finished and (plan := self._published) is not None:
             share_LP = self._live.dispatch.share_LP
             plan.after_NP = self._live.rows_LP[plan.layers]
@@ -329,12 +341,13 @@ class Decisions:
                 gain_noise=round(verdict.noise, 4),
                 trust_after=round(verdict.trust, 4),
                 verdict=verdict.text,
+                **self.costs.realised(verdict.number, verdict.first_step, settings.regret_windows),
             )
             logger.info(
                 "group %s: decision %d %s; trust %.2f", self.facts.group, verdict.number, verdict.text, verdict.trust
             )
 
-    def _decided_on(self, proposal: PlanProposal) -> None:
+    def _decided_on(self, proposal: PlanProposal, *, is_refused: bool = False) -> None:
         """While load stays as it was in the windows of this proposal, there is nothing to decide again, if that was all there was to gain."""
         kept, self._decided_with = list(self._windows.kept), self.settings
         gain = sum(proposal.par_before_L) - sum(proposal.par_after_L)
@@ -344,7 +357,8 @@ class Decisions:
         else:
             self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
         # else policies that move much at once never would: with each retry, half the price
-        self._worth_retrying = 2 * self._expected_life() if proposal.num_dear and not proposal.entries else math.inf
+        is_dear = is_refused or (proposal.num_dear and not proposal.entries)
+        self._worth_retrying = 2 * self._expected_life() if is_dear else math.inf
         self._load_change = self._change.since(kept)
 
     def _measure(self) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "AnswerError",
     "AnswerLine",
     "Call",
+    "CostStatus",
     "DaemonStatus",
     "GroupStatus",
     "History",
@@ -151,9 +152,23 @@ class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
     bytes_moved: int
 
 
+class CostStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step costs, fitted from the windows with step times: see core/cost.py. `known`: whether plans are weighed by it; the mean step in
+    milliseconds, and of it the fixed part, experts' tokens with their standard error, pulled bytes and commits."""
+
+    windows: int
+    known: bool
+    step_ms: float
+    fixed_ms: float
+    tokens_ms: float
+    tokens_error_ms: float | None
+    pulls_ms: float
+    commits_ms: float
+
+
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One group. `state`: "joining", "serving", "paused" or "ended"; `problems` are sentences for people; `serves`: see DaemonSettings.serve;
-    `phases`: steps of each phase, counted by each rank of this node."""
+    `phases`: steps of each phase, counted by each rank of this node; `cost`: None before the first fit."""
 
     group: str
     incarnation: int
@@ -170,6 +185,7 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     plan: PlanProgress | None = None
     planning: bool = False
     shadow: ShadowStatus | None = None
+    cost: CostStatus | None = None
     decisions: tuple[Decision, ...] = ()
 
 

@@ -164,6 +164,7 @@ class GroupSession:
             plan=self._plan_progress(),
             planning=self.decider.planning,
             shadow=self.decider.shadow_status(),
+            cost=self.decider.costs.status(),
             decisions=tuple(self._history.newest(STATUS_DECISIONS)),
         )
 

@@ -33,6 +33,7 @@ class WindowTimes:
         step_us: mean time of a step, of the rank with the greatest.
         pulled_bytes: whose copies were issued, on all ranks together.
         num_commits: entries of plans that took effect; a drop counts as one.
+        versions: (step of the window from which on, packed counter) of the placements that it ran with, in order; the first step is 0.
     """
 
     num_steps: int = 0
@@ -40,6 +41,7 @@ class WindowTimes:
     step_us: float = 0.0
     pulled_bytes: int = 0
     num_commits: int = 0
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -51,6 +53,7 @@ class _Rank:
     num_commits: int = 0
     times: list[NDArray[np.int64]] = field(default_factory=list)
     """[2, n]: microseconds, phase."""
+    versions: list[tuple[int, int]] = field(default_factory=list)
 
     def step_us(self) -> tuple[int, float]:
         """How many steps, and their mean; (0, 0) if none was timed."""
@@ -95,6 +98,10 @@ class StepTimes:
             known.num_steps += int(counts[batch.phase[here]].sum())
             known.pulled_bytes += int(pulled[here].sum())
             known.num_commits += int(committed[here].sum())
+            changes = np.flatnonzero(here & committed).tolist()
+            if here.any() and not known.versions:
+                known.versions.append((0, int(batch.version[np.argmax(here)])))
+            known.versions += [(int(batch.step[at]) % window_steps, int(batch.version[at])) for at in changes]
             if times.any():
                 known.times.append(np.stack([batch.previous_us[times], before_phase[times]]))
 
@@ -103,6 +110,8 @@ class StepTimes:
         ranks = list(self._open.get(window, {}).values())
         self._open = {number: known for number, known in self._open.items() if number > window}
         timed = [known.step_us() for known in ranks]
+        # all commit at the same steps: whoever tells most
+        versions = max((tuple(known.versions) for known in ranks), default=(), key=len)
         slowest = max(timed, key=lambda one: one[1], default=(0, 0.0))
         return WindowTimes(
             num_steps=max((known.num_steps for known in ranks), default=0),
@@ -110,6 +119,7 @@ class StepTimes:
             step_us=slowest[1],
             pulled_bytes=sum(known.pulled_bytes for known in ranks),
             num_commits=max((known.num_commits for known in ranks), default=0),
+            versions=versions,
         )
 
     def clear(self) -> None:

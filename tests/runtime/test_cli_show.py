@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from eplb_async.observability.history import Decision, Outcome
 from eplb_async.runtime.cli_show import show_history, show_status
-from eplb_async.runtime.messages import DaemonStatus, GroupStatus, RankStatus
+from eplb_async.runtime.messages import CostStatus, DaemonStatus, GroupStatus, RankStatus
 
 __all__: list[str] = []
 
@@ -77,3 +78,46 @@ def test_the_pace_of_each_rank_is_shown(capsys: pytest.CaptureFixture[str], monk
     head = next(line for line in lines if "budget" in line)
     assert head[-3:] == ["budget", "pauses", "slowed"]
     assert next(line for line in lines if "77" in line)[-4:] == ["3.0", "MiB", "8", "9"]
+
+
+COST = CostStatus(
+    windows=240,
+    known=True,
+    step_ms=10.2,
+    fixed_ms=6.1,
+    tokens_ms=4.0,
+    tokens_error_ms=0.2,
+    pulls_ms=0.06,
+    commits_ms=0.04,
+)
+
+
+def test_what_a_step_costs_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a step, or that they are not known yet; nothing where no step was timed."""
+    monkeypatch.setenv("COLUMNS", "200")
+    show_status(status_of(cost=COST))
+    parts = "6.10 fixed, 4.00 +- 0.20 of experts' tokens, 0.06 of pulls, 0.04 of commits"
+    assert f"a step of 10.20 ms: {parts} (240 windows)" in capsys.readouterr().out
+    show_status(status_of(cost=msgspec.structs.replace(COST, known=False)))
+    assert "a step of 10.20 ms; what tokens cost is not known yet" in capsys.readouterr().out
+    show_status(status_of())
+    assert "a step of" not in capsys.readouterr().out
+
+
+def test_the_history_says_what_time_was_saved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was predicted, by which fit, and what steps took; each as far as it is known."""
+    monkeypatch.setenv("COLUMNS", "200")
+    decision = Decision(
+        number=4, group="g", incarnation=1, time_unix_s=0.0, trigger="t", policy="p", outcome=Outcome.FINISHED
+    )
+    show_history({"g": [decision]})
+    assert "ms" not in capsys.readouterr().out
+    time = {"saved_ms_per_step": 0.41, "moving_ms": 12.0, "cost_fit": "240 windows: tokens are 40 +- 2 % of 10.20 ms"}
+    decision = msgspec.structs.replace(decision, **time)
+    show_history({"g": [decision]})
+    told = f"predicted to save 0.410 ms per step for 12.0 ms of moves ({decision.cost_fit})"
+    assert told in capsys.readouterr().out
+    show_history({"g": [msgspec.structs.replace(decision, step_ms_before=10.2, step_ms_after=9.8)]})
+    assert f"{told}; a step took 10.200 ms before, 9.800 after" in capsys.readouterr().out

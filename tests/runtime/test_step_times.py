@@ -33,15 +33,16 @@ def test_the_example_of_the_module() -> None:
     times = StepTimes()
     times.add(0, batch(8, [0, 10_000, 11_000], "ddp"), 10, DECODE)
     times.add(0, batch(11, [90_000]), 10, DECODE)
-    assert times.close(0) == WindowTimes(num_steps=2, num_timed=2, step_us=10_500.0)
-    assert times.close(1) == WindowTimes(num_steps=1)
+    assert times.close(0) == WindowTimes(num_steps=2, num_timed=2, step_us=10_500.0, versions=((0, 5),))
+    assert times.close(1) == WindowTimes(num_steps=1, versions=((0, 5),))
 
 
 def test_pauses_are_left_out() -> None:
     """One wait of a second among steps of 10 ms is no step; prompts are told from it by their phase."""
     times = StepTimes()
     times.add(0, batch(0, [0, *[10_000] * 8, 1_000_000, 10_000, 200_000, 0], "ddddddddddpdd"), 13, ALL)
-    assert times.close(0) == WindowTimes(num_steps=13, num_timed=10, step_us=(9 * 10_000 + 200_000) / 10)
+    found = times.close(0)
+    assert (found.num_steps, found.num_timed, found.step_us) == (13, 10, (9 * 10_000 + 200_000) / 10)
 
 
 def test_ranks_count_once() -> None:
@@ -49,7 +50,20 @@ def test_ranks_count_once() -> None:
     times = StepTimes()
     times.add(0, batch(0, [0, 100, 100, 100], versions=(5, 5, 6, 7), pulled=3), 4, ALL)
     times.add(1, batch(0, [0, 120, 120, 120], "dddu", versions=(5, 5, 6, 7), pulled=2), 4, ALL)
-    assert times.close(0) == WindowTimes(num_steps=4, num_timed=3, step_us=120.0, pulled_bytes=20, num_commits=2)
+    versions = ((0, 5), (2, 6), (3, 7))
+    assert times.close(0) == WindowTimes(
+        num_steps=4, num_timed=3, step_us=120.0, pulled_bytes=20, num_commits=2, versions=versions
+    )
+
+
+def test_placements_are_told_with_their_steps() -> None:
+    """From which step of the window on each was live, over the ends of batches and windows."""
+    times = StepTimes()
+    times.add(0, batch(0, [0, 1, 1], versions=(5, 5, 6)), 4, ALL)
+    times.add(0, batch(3, [1, 1, 1, 1], versions=(7, 8, 8, 9)), 4, ALL)
+    assert times.close(0).versions == ((0, 5), (2, 6), (3, 7))
+    assert times.close(1).versions == ((0, 8), (0, 8), (2, 9))
+    assert times.close(2).versions == ()
 
 
 def test_what_is_unknown_or_damaged_has_no_time() -> None:
@@ -57,7 +71,8 @@ def test_what_is_unknown_or_damaged_has_no_time() -> None:
     times = StepTimes()
     times.add(0, batch(0, [0, 0, -5, 1 << 60]), 10, ALL)
     times.add(0, batch(6, [100, 200]), 10, ALL)
-    assert times.close(0) == WindowTimes(num_steps=6, num_timed=1, step_us=200.0)
+    found = times.close(0)
+    assert (found.num_steps, found.num_timed, found.step_us) == (6, 1, 200.0)
 
 
 def test_closed_windows_stay_closed() -> None:
