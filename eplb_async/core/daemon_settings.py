@@ -17,6 +17,7 @@ EAGER: Mapping[str, Any] = {
     "least_change": 0.0,
     "confidence": 0.0,
     "move_cost": 0.0,
+    "weigh_time": False,
 }
 """Settings that plan at every interval, on all windows kept, and move for any gain, whatever it costs, as the schedules of engines do. For comparisons
 with those, and for tests and demonstrations, whose few hundred steps stand for hours: there no gain lives long enough to pay for its bytes."""

@@ -39,7 +39,8 @@ class StepCosts:
         """`live`: the placement that steps run with; not a shadow's."""
         self._spec, self._windows, self._live = spec, windows, live
         self._fit = CostFit()
-        self._rows_LP, self._share_LP = self._now
+        self._known: tuple[NDArray[np.int32] | None, NDArray[np.float64] | None] = (None, None)
+        self._before = self._now
         self._seen_step, self._left_out = -1, -1
         self._before_ms: OrderedDict[int, float] = OrderedDict()
 
@@ -142,9 +143,12 @@ class StepCosts:
 
     @property
     def _now(self) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-        """Rows and shares that are live."""
+        """Rows and shares that are live; the same arrays as long as they are."""
         rows_LP, share_LP = self._live.rows_LP, self._live.dispatch.share_LP
-        return rows_LP, even_share(rows_LP, self._spec.num_experts) if share_LP is None else share_LP
+        if rows_LP is not self._known[0] or share_LP is not self._known[1]:
+            self._known = rows_LP, share_LP
+            self._whole = rows_LP, even_share(rows_LP, self._spec.num_experts) if share_LP is None else share_LP
+        return self._whole
 
     def _tokens(self, window: Window, versions: Sequence[tuple[int, int]]) -> float:
         """Of the busiest rank in the window, summed over layers; each layer under the rows that it had at each step.
@@ -152,18 +156,18 @@ class StepCosts:
         A layer whose newest version is there from step 30 of 50 on ran for 20 steps with its rows as they are now, else with those before. If it is
         not there at all, it was committed after the window.
         """
-        load_LE, (rows_LP, share_LP) = window[1], self._now
-        now_L = self._peak(load_LE, rows_LP, share_LP)
-        if np.array_equal(rows_LP, self._rows_LP) and np.array_equal(share_LP, self._share_LP):
+        load_LE, now, before = window[1], self._now, self._before
+        now_L = self._peak(load_LE, *now)
+        if now is before:
             return float(now_L.sum())
         steps, newest_L = self._windows.steps, self._live.version_L
         part_L = np.zeros(len(newest_L))
         for first_step, version in reversed(versions):
             part_L[newest_L <= version] = (steps - first_step) / steps
-        before_L = self._peak(load_LE, self._rows_LP, self._share_LP)
-        there = (part_L > 0)[:, None]
-        self._rows_LP = np.where(there, rows_LP, self._rows_LP)
-        self._share_LP = np.where(there, share_LP, self._share_LP)
+        before_L = self._peak(load_LE, *before)
+        there_L1 = (part_L > 0)[:, None]
+        mixed = np.where(there_L1, now[0], before[0]), np.where(there_L1, now[1], before[1])
+        self._before = now if there_L1.all() else mixed
         return float((part_L * now_L + (1 - part_L) * before_L).sum())
 
     def _peak(

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,8 +176,10 @@ def main() -> None:
     group = StandInGroup(info, StandInOptions(**arguments))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    began = time.monotonic()
     while not select.select([0], [], [], step_s)[0]:
-        group.step()
+        before, began = began, time.monotonic()
+        group.step(previous_us=int(1e6 * (began - before)))
     group.close()
 
 

@@ -83,7 +83,7 @@ def test_the_presets_are_what_they_say() -> None:
     assert (vllm.policy, vllm.policy_options) == ("default", {})
     assert (vllm.window_steps, vllm.num_windows, vllm.interval_steps) == (1000, 1, 3000)
     assert (vllm.par_threshold, vllm.min_gain, vllm.memory, vllm.bytes_per_step) == (1.0, 0.0, "all", 0)
-    assert (vllm.least_change, vllm.confidence, vllm.move_cost) == (0.0, 0.0, 0.0)
+    assert (vllm.least_change, vllm.confidence, vllm.move_cost, vllm.weigh_time) == (0.0, 0.0, 0.0, False)
     assert min(vllm.par_drift, still.par_threshold) >= 1e9
     assert presets["ours"] == DaemonSettings()
 

@@ -82,6 +82,8 @@ def test_rebalance_from_load_to_realised_par(
         assert after.phases.keys() == {"decode"}
         assert after.phases["decode"] > 30 * spec.num_ranks
         assert after.generation == 2
+        timed = until(lambda: g if (g := group_of(client, group)) and g.cost else None, "step times")
+        assert timed.cost.step_ms >= 2
         assert client.status().loop_lag_worst_s < 2
 
 

@@ -28,7 +28,15 @@ def replayed(num_windows: int, costs: dict[str, float], **daemon: Any) -> tuple[
         np.random.default_rng(seed).lognormal(0, 1.2, (SPEC.num_layers, SPEC.num_experts))
         for seed in range(num_windows)
     ]
-    daemon = {**EAGER, "window_steps": 10, "num_windows": 2, "interval_steps": 40, "min_gain": 0.0, **daemon}
+    daemon = {
+        **EAGER,
+        "window_steps": 10,
+        "num_windows": 2,
+        "interval_steps": 40,
+        "min_gain": 0.0,
+        "weigh_time": True,
+        **daemon,
+    }
     settings = load_settings(environ={}, overrides={"daemon": daemon, "hook": HOOK})
     one = Replay("one", settings, SPEC, SLOT_BYTES, ReplayCosts(**{**COSTS, **costs}))
     stretch = Stretch(steps_per_window=100, tokens_per_step=4000)
