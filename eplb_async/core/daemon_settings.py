@@ -31,6 +31,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         policy_options: its options, checked by the policy. What a move costs is no option of it: `move_cost` is told to each policy that can use it.
         shadow: make plans, judge them and write them down, but move nothing: `eplb-async status` says what would have been gained.
         serve: which steps' load placement serves: all, or prefill or decode ones, mixed ones with either; dummy and profile steps never count.
+        prefill_weight, decode_weight: with `serve` all, what a token of a prefill step and of a decode step counts, 0 to 1, and one of them 1; a token of
+            a mixed step counts as the greater. 0.1 and 1: ten tokens of prefill are as much as one of decode.
         window_steps: steps summed into one window of load.
         num_windows: windows kept and given to the policy, newest last.
         interval_steps: steps between two decisions while nothing happens.
@@ -67,6 +69,8 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     policy_options: dict[str, Any] = {}
     shadow: bool = False
     serve: Literal["all", "prefill", "decode"] = "all"
+    prefill_weight: float = 1.0
+    decode_weight: float = 1.0
     window_steps: int = 50
     num_windows: int = 16
     interval_steps: int = 100
@@ -110,7 +114,17 @@ class DaemonSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         )
         at_least(self, 1, "budget_steps")
         positive(self, "poll_interval_s", "discovery_interval_s", "plan_deadline_s", "policy_deadline_s")
+        self._check_weights()
         plain(self.policy_options)
         levels = ("DEBUG", "INFO", "WARNING", "ERROR")
         if self.log_level not in levels:
             raise ValueError(f"`log_level` is {self.log_level!r}; it must be one of {', '.join(levels)}")
+
+    def _check_weights(self) -> None:
+        weights = (self.prefill_weight, self.decode_weight)
+        at_least(self, 0, "prefill_weight", "decode_weight")
+        if max(weights) != 1:
+            # less for both would make noise look larger than it is, more than 1 smaller
+            raise ValueError(f"`prefill_weight` and `decode_weight` are {weights}; the greater of them must be 1")
+        if self.serve != "all" and weights != (1, 1):
+            raise ValueError(f'`serve` is {self.serve!r}; `prefill_weight` and `decode_weight` are for `serve` "all"')

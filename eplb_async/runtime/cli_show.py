@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eplb_async.observability.history import Decision, Outcome
-from eplb_async.runtime.messages import CostStatus, DaemonStatus, GroupStatus, ShadowStatus
+from eplb_async.runtime.messages import CostStatus, DaemonStatus, GroupStatus, PhaseStatus, ShadowStatus
 
 __all__ = ["fail", "show_decision", "show_garbage", "show_history", "show_status", "watch_status"]
 
@@ -114,6 +114,7 @@ def _group(group: GroupStatus) -> Group:
     if group.phases:
         steps = ", ".join(f"{number} {phase}" for phase, number in group.phases.items())
         parts.append(Text(f"  steps of ranks: {steps}; placement serves {group.serves}", style="dim"))
+    parts += [Text(f"  {_phase(load)}", style="dim") for load in group.phase_loads]
     if group.cost is not None:
         parts.append(Text(f"  {_cost(group.cost)}", style="dim"))
     if group.ranks:
@@ -121,6 +122,11 @@ def _group(group: GroupStatus) -> Group:
     if group.decisions:
         parts.append(_decisions(group.decisions))
     return Group(*parts)
+
+
+def _phase(load: PhaseStatus) -> str:
+    counts = f"; a token counts {load.weight:g}" if load.weight != 1 else ""
+    return f"{load.phase}: PAR live {_par(load.par_live)} ({load.windows} windows), {load.tokens:,} tokens in {load.steps:,} steps{counts}"
 
 
 def _shadow(shadow: ShadowStatus) -> str:

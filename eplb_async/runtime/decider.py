@@ -19,6 +19,7 @@ from eplb_async.runtime.collector import Collector
 from eplb_async.runtime.decisions import Decisions
 from eplb_async.runtime.group_view import GroupFacts
 from eplb_async.runtime.messages import ShadowStatus
+from eplb_async.runtime.phase_load import weights_of
 from eplb_async.runtime.planner import PlanProposal, PlanRequest
 from eplb_async.runtime.pool import PolicyPool
 from eplb_async.runtime.publisher import PlanEnd, Publisher
@@ -93,7 +94,7 @@ class Decider:
 
     def configure(self, settings: DaemonSettings) -> None:
         """Take new settings."""
-        if settings.serve != self._decisions.settings.serve:
+        if weights_of(settings) != weights_of(self._decisions.settings):
             self.costs.begin_anew()
         if settings.shadow == self._decisions.settings.shadow:
             self._decisions.settings = settings

@@ -27,6 +27,7 @@ __all__ = [
     "GroupStatus",
     "History",
     "Pause",
+    "PhaseStatus",
     "PlanProgress",
     "RankStatus",
     "Rebalance",
@@ -166,9 +167,28 @@ class CostStatus(msgspec.Struct, frozen=True, kw_only=True):
     commits_ms: float
 
 
+class PhaseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one phase, whether placement serves it or not.
+
+    Fields:
+        phase: prefill, decode or mixed.
+        weight: what one of its tokens counts in the windows that placement serves.
+        steps, tokens: of all ranks of this node together, since the daemon found the group.
+        windows: those of the newest that have such steps.
+        par_live: mean PAR of these under the live placement, over layers with load; None without any.
+    """
+
+    phase: str
+    weight: float
+    steps: int
+    tokens: int
+    windows: int
+    par_live: float | None
+
+
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One group. `state`: "joining", "serving", "paused" or "ended"; `problems` are sentences for people; `serves`: see DaemonSettings.serve;
-    `phases`: steps of each phase, counted by each rank of this node; `cost`: None before the first fit."""
+    `phases`: steps of each phase, counted by each rank of this node; `phase_loads`: those with traffic; `cost`: None before the first fit."""
 
     group: str
     incarnation: int
@@ -180,6 +200,7 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     window_steps: int = 0
     serves: str = "all"
     phases: dict[str, int] = {}
+    phase_loads: tuple[PhaseStatus, ...] = ()
     lost_records: int = 0
     generation: int = 0
     plan: PlanProgress | None = None

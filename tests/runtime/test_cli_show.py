@@ -7,7 +7,7 @@ import pytest
 
 from eplb_async.observability.history import Decision, Outcome
 from eplb_async.runtime.cli_show import show_history, show_status
-from eplb_async.runtime.messages import CostStatus, DaemonStatus, GroupStatus, RankStatus
+from eplb_async.runtime.messages import CostStatus, DaemonStatus, GroupStatus, PhaseStatus, RankStatus
 
 __all__: list[str] = []
 
@@ -121,3 +121,18 @@ def test_the_history_says_what_time_was_saved(
     assert told in capsys.readouterr().out
     show_history({"g": [msgspec.structs.replace(decision, step_ms_before=10.2, step_ms_after=9.8)]})
     assert f"{told}; a step took 10.200 ms before, 9.800 after" in capsys.readouterr().out
+
+
+def test_the_status_says_what_each_phase_wants(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, steps and PAR of each phase, and what its tokens count where that is not 1."""
+    monkeypatch.setenv("COLUMNS", "200")
+    loads = (
+        PhaseStatus(phase="prefill", weight=0.1, steps=1200, tokens=4915200, windows=16, par_live=1.412),
+        PhaseStatus(phase="decode", weight=1.0, steps=9000, tokens=576000, windows=0, par_live=None),
+    )
+    show_status(status_of(phase_loads=loads))
+    out = capsys.readouterr().out
+    assert "prefill: PAR live 1.412 (16 windows), 4,915,200 tokens in 1,200 steps; a token counts 0.1\n" in out
+    assert "576,000 tokens in 9,000 steps\n" in out

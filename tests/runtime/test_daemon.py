@@ -78,13 +78,43 @@ def test_rebalance_from_load_to_realised_par(
         after = until(lambda: with_windows(client, group), "windows after")
         assert after.par_live == pytest.approx(decision.par_predicted, abs=0.02)
         assert after.lost_records == 0
-        assert after.serves == "all"
         assert after.phases.keys() == {"decode"}
         assert after.phases["decode"] > 30 * spec.num_ranks
-        assert after.generation == 2
-        timed = until(lambda: g if (g := group_of(client, group)) and g.cost else None, "step times")
-        assert timed.cost.step_ms >= 2
+        assert (after.serves, after.generation) == ("all", 2)
+        assert until(lambda: (g := group_of(client, group)) and g.cost, "step times").step_ms >= 2
         assert client.status().loop_lag_worst_s < 2
+
+
+@pytest.mark.parametrize("weight_and_better", [("1", "prefill"), ("0.02", "decode")], ids=["all", "mix"])
+def test_placement_serves_the_mix_that_was_asked_for(
+    start_daemon: Start,
+    start_ranks: Start,
+    daemon_settings: Settings,
+    group: str,
+    monkeypatch: pytest.MonkeyPatch,
+    weight_and_better: tuple[str, str],
+) -> None:
+    """Prompts want other experts than decoding and have eight times its tokens: they are served, unless theirs count a fiftieth. Both are told."""
+    prefill_weight, better = weight_and_better
+    monkeypatch.setenv("EPLB_ASYNC_DAEMON_PREFILL_WEIGHT", prefill_weight)
+    start_daemon()
+    start_ranks(prefill_times=8.0, phases=["prefill", "decode"])
+    with ControlClient(daemon_settings) as client:
+        until(lambda: with_windows(client, group), "windows")
+        before = {load.phase: load for load in client.status().groups[0].phase_loads}
+        assert client.rebalance(group).outcome is Outcome.FINISHED
+        after = {load.phase: load for load in client.status().groups[0].phase_loads}
+    assert after.keys() == {"prefill", "decode"}
+    par = {phase: load.par_live or 0.0 for phase, load in after.items()}
+    assert min(par, key=lambda phase: par[phase]) == better
+    assert par[better] < (before[better].par_live or 0.0) - 0.1
+    assert par[better] < max(par.values()) - 0.1
+    prefill, decode = after["prefill"], after["decode"]
+    assert (prefill.weight, decode.weight) == (float(prefill_weight), 1.0)
+    assert prefill.tokens == 8000 * prefill.steps
+    assert decode.tokens == 1000 * decode.steps
+    assert 0 <= prefill.steps - decode.steps <= 4
+    assert prefill.windows == decode.windows > 0
 
 
 def test_trigger_fires_by_itself_and_pause_stops_it(
