@@ -19,7 +19,7 @@ __all__ = ["StepTimes", "WindowTimes"]
 PAUSE = 8.0
 """A step that took more than this times the median of its phase in the window waited for requests: the time between two begins is then
 no step's. Prompts are not that much longer than one another, and a median stands more than half of the steps being odd."""
-MOST_US = 600_000_000
+MOST_US, MOST_BYTES = 600_000_000, 1 << 40
 """Of one step; more, or less than 0, is damage."""
 
 
@@ -90,7 +90,7 @@ class StepTimes:
         committed = np.diff(batch.version, prepend=version) != 0
         timed = (before_step == batch.step - 1) & (batch.previous_us > 0) & (batch.previous_us <= MOST_US)
         timed &= counts[before_phase]
-        pulled = np.clip(batch.pulled, 0, None)
+        pulled = np.where((batch.pulled >= 0) & (batch.pulled <= MOST_BYTES), batch.pulled, 0)
         window, of_time = batch.step // window_steps, before_step // window_steps
         for number in np.unique(np.concatenate([of_time, window])).tolist():
             here, times = window == number, timed & (of_time == number)

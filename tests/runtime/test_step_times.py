@@ -67,12 +67,12 @@ def test_placements_are_told_with_their_steps() -> None:
 
 
 def test_what_is_unknown_or_damaged_has_no_time() -> None:
-    """No time was told, the record before is missing, or the number is nonsense."""
+    """No time was told, the record before is missing, or the number is nonsense; bytes that are nonsense are none."""
     times = StepTimes()
-    times.add(0, batch(0, [0, 0, -5, 1 << 60]), 10, ALL)
-    times.add(0, batch(6, [100, 200]), 10, ALL)
+    times.add(0, batch(0, [0, 0, -5, 1 << 60], pulled=1 << 62), 10, ALL)
+    times.add(0, batch(6, [100, 200], pulled=-1), 10, ALL)
     found = times.close(0)
-    assert (found.num_steps, found.num_timed, found.step_us) == (6, 1, 200.0)
+    assert (found.num_steps, found.num_timed, found.step_us, found.pulled_bytes) == (6, 1, 200.0, 0)
 
 
 def test_closed_windows_stay_closed() -> None:
