@@ -8,6 +8,7 @@ it counts. The time of a window's last step comes with the next window's first r
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,14 +53,15 @@ class _Rank:
     pulled_bytes: int = 0
     num_commits: int = 0
     times: list[NDArray[np.int64]] = field(default_factory=list)
-    """[2, n]: microseconds, phase."""
+    """[2, n]: microseconds, 0 where that is not known; phase."""
     versions: list[tuple[int, int]] = field(default_factory=list)
 
     def step_us(self) -> tuple[int, float]:
         """How many steps, and their mean; (0, 0) if none was timed."""
-        if not self.times:
-            return 0, 0.0
         took_n, phase_n = np.concatenate(self.times, axis=1)
+        took_n, phase_n = took_n[took_n > 0], phase_n[took_n > 0]
+        if not len(took_n):
+            return 0, 0.0
         kept_n = np.ones(len(took_n), dtype=np.bool_)
         for phase in np.unique(phase_n):
             same_n = phase_n == phase
@@ -85,25 +87,28 @@ class StepTimes:
         """
         step, phase, version = self._last.get(rank, (-2, 0, int(batch.version[0])))
         self._last[rank] = int(batch.step[-1]), int(batch.phase[-1]), int(batch.version[-1])
-        before_step = np.concatenate([[step], batch.step[:-1]])
-        before_phase = np.concatenate([[phase], batch.phase[:-1]])
-        committed = np.diff(batch.version, prepend=version) != 0
-        timed = (before_step == batch.step - 1) & (batch.previous_us > 0) & (batch.previous_us <= MOST_US)
-        timed &= counts[before_phase]
+        window, served = batch.step // window_steps, counts[batch.phase]
+        # what a record tells is of the record before; that of the last one is not there yet
+        took_us = np.zeros(len(window), dtype=np.int64)
+        took_us[:-1] = batch.previous_us[1:] * (batch.step[1:] == batch.step[:-1] + 1)
+        took_us[~served | (took_us < 0) | (took_us > MOST_US)] = 0
+        first_us = int(batch.previous_us[0])
+        if step == batch.step[0] - 1 and counts[phase] and 0 < first_us <= MOST_US:
+            self._rank(step // window_steps, rank).times.append(np.array([[first_us], [phase]]))
         pulled = np.where((batch.pulled >= 0) & (batch.pulled <= MOST_BYTES), batch.pulled, 0)
-        window, of_time = batch.step // window_steps, before_step // window_steps
-        for number in np.unique(np.concatenate([of_time, window])).tolist():
-            here, times = window == number, timed & (of_time == number)
-            known = self._open.setdefault(number, {}).setdefault(rank, _Rank())
-            known.num_steps += int(counts[batch.phase[here]].sum())
-            known.pulled_bytes += int(pulled[here].sum())
-            known.num_commits += int(committed[here].sum())
-            changes = np.flatnonzero(here & committed).tolist()
-            if here.any() and not known.versions:
-                known.versions.append((0, int(batch.version[np.argmax(here)])))
-            known.versions += [(int(batch.step[at]) % window_steps, int(batch.version[at])) for at in changes]
-            if times.any():
-                known.times.append(np.stack([batch.previous_us[times], before_phase[times]]))
+        before = np.concatenate(([version], batch.version[:-1]))
+        changes = np.flatnonzero(batch.version != before).tolist()
+        cuts = [0, *(np.flatnonzero(window[1:] != window[:-1]) + 1).tolist(), len(window)]
+        for first, last in pairwise(cuts):
+            known, part = self._rank(int(window[first]), rank), slice(first, last)
+            known.times.append(np.array((took_us[part], batch.phase[part])))
+            known.num_steps += int(np.count_nonzero(served[part]))
+            known.pulled_bytes += int(pulled[part].sum())
+            if not known.versions:
+                known.versions.append((0, int(batch.version[first])))
+            here = [at for at in changes if first <= at < last]
+            known.num_commits += len(here)
+            known.versions += [(int(batch.step[at]) % window_steps, int(batch.version[at])) for at in here]
 
     def close(self, window: int) -> WindowTimes:
         """The window is complete, and so are those before it."""
@@ -125,3 +130,7 @@ class StepTimes:
     def clear(self) -> None:
         """Windows begin anew."""
         self._open.clear()
+
+    def _rank(self, window: int, rank: int) -> _Rank:
+        """What is known of a window from a ring."""
+        return self._open.setdefault(window, {}).setdefault(rank, _Rank())
