@@ -69,10 +69,26 @@ def test_placements_are_told_with_their_steps() -> None:
 def test_what_is_unknown_or_damaged_has_no_time() -> None:
     """No time was told, the record before is missing, or the number is nonsense; bytes that are nonsense are none."""
     times = StepTimes()
-    times.add(0, batch(0, [0, 0, -5, 1 << 60], pulled=1 << 62), 10, ALL)
+    times.add(0, batch(0, [0, 0, -5, 1 << 60], pulled=1 << 50), 10, ALL)
     times.add(0, batch(6, [100, 200], pulled=-1), 10, ALL)
     found = times.close(0)
     assert (found.num_steps, found.num_timed, found.step_us, found.pulled_bytes) == (6, 1, 200.0, 0)
+
+
+def test_steps_of_phases_that_are_not_served_have_no_time() -> None:
+    """A prompt among decode steps, told within one batch."""
+    times = StepTimes()
+    times.add(0, batch(0, [0, 100, 900, 100, 100], "dpddd"), 5, DECODE)
+    found = times.close(0)
+    assert (found.num_steps, found.num_timed, found.step_us) == (4, 3, 100.0)
+
+
+def test_a_record_that_is_missing_takes_its_time_with_it() -> None:
+    """Within a batch, too: damaged records are left out before."""
+    times, whole = StepTimes(), batch(0, [0, 100, 100, 900, 100])
+    times.add(0, whole.part(np.array([True, True, False, True, True])), 5, ALL)
+    found = times.close(0)
+    assert (found.num_timed, found.step_us) == (2, 100.0)
 
 
 def test_closed_windows_stay_closed() -> None:
