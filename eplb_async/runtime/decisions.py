@@ -356,9 +356,8 @@ class Decisions:
             self._change.undecided(kept[-1][0] if kept else -1)
         else:
             self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
-        # else policies that move much at once never would: with each retry, half the price
-        is_dear = is_refused or (proposal.num_dear and not proposal.entries)
-        self._worth_retrying = 2 * self._expected_life() if is_dear else math.inf
+        # else traffic that stays might be left as it is for ever: with each retry, half the price
+        self._worth_retrying = math.inf if proposal.entries and not is_refused else 2 * self._expected_life()
         self._load_change = self._change.since(kept)
 
     def _measure(self) -> None:

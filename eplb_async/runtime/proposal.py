@@ -84,7 +84,6 @@ class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         state: for the policy's next call.
         num_windows: that it was made from; 0: not told.
         num_left_out: layers that would pay and fit neither board nor budget.
-        num_dear: layers that gain enough, and less than their moves cost.
         uncertain: PAR, summed over layers, of gains that would pay if they were not within the sampling noise.
         policy_s: time that the policy took.
     """
@@ -101,7 +100,6 @@ class PlanProposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     state: bytes
     num_windows: int = 0
     num_left_out: int = 0
-    num_dear: int = 0
     uncertain: float = 0.0
     policy_s: float = 0.0
 

@@ -152,6 +152,8 @@ def test_killed_daemons_are_a_behaviour_of_the_model(group: str, runtime_dir: Pa
             ensure_daemon(settings, 60)
             watcher.trace += [{"event": "restart"}] if daemon else []
             pid = client.status().pid
+            # steps are counted once there is somebody who could plan; on a busy machine a worker starts slower than ranks step
+            wait_for(lambda: client.status().pool["num_idle"], 60, "a policy worker")
             first = watcher.generation()
             step_until(lambda first=first: watcher.generation() > first + 1)
             newest = max(watcher.plans)

@@ -3,11 +3,8 @@
 import os
 import signal
 import socket
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,35 +16,12 @@ from eplb_async.core.placement import initial_placement
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Decision, Outcome
 from eplb_async.runtime.client import ControlClient
-from eplb_async.runtime.messages import GroupStatus
 from eplb_async.shm.launch import daemon_running, group_lock_path, socket_path
 from eplb_async.shm.live import LivePlacement
 from tests.runtime.stand_in import StandInGroup, StandInOptions, group_info
+from tests.runtime.watching import DEADLINE_S, Start, group_of, until, with_windows
 
 __all__: list[str] = []
-
-Start = Callable[..., subprocess.Popen[Any]]
-DEADLINE_S = 30.0
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """The condition's first true value, waited for in the other processes."""
-    end = time.monotonic() + DEADLINE_S
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited too long for {what}"
-        time.sleep(0.01)
-    return found
-
-
-def group_of(client: ControlClient, group: str, state: str = "serving") -> GroupStatus | None:
-    """The group's status if it is in that state."""
-    return next((g for g in client.status().groups if g.group == group and g.state == state), None)
-
-
-def with_windows(client: ControlClient, group: str) -> GroupStatus | None:
-    """The group's status once it has windows."""
-    found = group_of(client, group)
-    return found if found is not None and found.windows == 3 else None
 
 
 def test_rebalance_from_load_to_realised_par(
@@ -83,38 +57,6 @@ def test_rebalance_from_load_to_realised_par(
         assert (after.serves, after.generation) == ("all", 2)
         assert until(lambda: (g := group_of(client, group)) and g.cost, "step times").step_ms >= 2
         assert client.status().loop_lag_worst_s < 2
-
-
-@pytest.mark.parametrize("weight_and_better", [("1", "prefill"), ("0.02", "decode")], ids=["all", "mix"])
-def test_placement_serves_the_mix_that_was_asked_for(
-    start_daemon: Start,
-    start_ranks: Start,
-    daemon_settings: Settings,
-    group: str,
-    monkeypatch: pytest.MonkeyPatch,
-    weight_and_better: tuple[str, str],
-) -> None:
-    """Prompts want other experts than decoding and have eight times its tokens: they are served, unless theirs count a fiftieth. Both are told."""
-    prefill_weight, better = weight_and_better
-    monkeypatch.setenv("EPLB_ASYNC_DAEMON_PREFILL_WEIGHT", prefill_weight)
-    start_daemon()
-    start_ranks(prefill_times=8.0, phases=["prefill", "decode"])
-    with ControlClient(daemon_settings) as client:
-        until(lambda: with_windows(client, group), "windows")
-        before = {load.phase: load for load in client.status().groups[0].phase_loads}
-        assert client.rebalance(group).outcome is Outcome.FINISHED
-        after = {load.phase: load for load in client.status().groups[0].phase_loads}
-    assert after.keys() == {"prefill", "decode"}
-    par = {phase: load.par_live or 0.0 for phase, load in after.items()}
-    assert min(par, key=lambda phase: par[phase]) == better
-    assert par[better] < (before[better].par_live or 0.0) - 0.1
-    assert par[better] < max(par.values()) - 0.1
-    prefill, decode = after["prefill"], after["decode"]
-    assert (prefill.weight, decode.weight) == (float(prefill_weight), 1.0)
-    assert prefill.tokens == 8000 * prefill.steps
-    assert decode.tokens == 1000 * decode.steps
-    assert 0 <= prefill.steps - decode.steps <= 4
-    assert prefill.windows == decode.windows > 0
 
 
 def test_trigger_fires_by_itself_and_pause_stops_it(

@@ -255,6 +255,8 @@ def test_nothing_pays_names_what_holds_it_back() -> None:
     dear = choose_entries(request_for(windows_TLE, live_LP, price=100.0), target_LP, b"")
     assert dear.entries == []
     assert "2 layers gain less than their moves cost (daemon.move_cost)" in dear.why
+    none = choose_entries(request_for(windows_TLE, live_LP, price=1.0), live_LP, b"")
+    assert none.why == "the policy found no move that is worth what it costs (daemon.move_cost)"
     unsure = choose_entries(request_for(windows_TLE, live_LP, confidence=1e6), target_LP, b"")
     assert unsure.entries == []
     assert "2 gain no more than may be sampling noise (daemon.confidence)" in unsure.why

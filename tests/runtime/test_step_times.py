@@ -85,7 +85,7 @@ def test_steps_of_phases_that_are_not_served_have_no_time() -> None:
 
 def test_a_record_that_is_missing_takes_its_time_with_it() -> None:
     """Within a batch, too: damaged records are left out before."""
-    times, whole = StepTimes(), batch(0, [0, 100, 100, 900, 100])
+    times, whole = StepTimes(), batch(0, [0, 100, 100, 300, 100])
     times.add(0, whole.part(np.array([True, True, False, True, True])), 5, ALL)
     found = times.close(0)
     assert (found.num_timed, found.step_us) == (2, 100.0)
