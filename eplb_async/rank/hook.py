@@ -170,14 +170,14 @@ class RankHook:
             raise LifecycleError(
                 f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called"
             )
-        entered, start = phase_of(phase), time.perf_counter_ns()
-        self._previous_us = self._parts.pace.begin(start, self._phase, self._tokens, last_step_us)
+        entered, now_ns = phase_of(phase), time.perf_counter_ns()
+        self._previous_us = self._parts.pace.begin(now_ns, self._phase, self._tokens, last_step_us)
         self._phase, self._tokens = entered, num_tokens
         try:
             if not self._quiet:
-                self._advance(start, published=False)
-            elif not self._repeat(start):
-                self._advance(start, published=True)
+                self._advance(published=False)
+            elif not self._repeat():
+                self._advance(published=True)
             self._version, self._running = self._agreement.decided, True
         except BaseException as error:
             # the word of this step may be out and half of it done: a second try could decide it twice
@@ -251,12 +251,12 @@ class RankHook:
     ) -> None:
         self.detach()
 
-    def _repeat(self, start: int) -> bool:
+    def _repeat(self) -> bool:
         """A step with the same word as before; false if there is more to do, which `_advance` does.
 
         With no plan, and `staged` and `committed` of all ranks equal to `decided`, words decide nothing.
         """
-        parts = self._parts
+        parts, start = self._parts, time.perf_counter_ns()
         if not parts.exchange.repeat(self._step, self._step - parts.info.lag):
             return False
         if not parts.reader.idle or parts.membership.board.abort == self._agreement.generation:
@@ -264,12 +264,13 @@ class RankHook:
         self._times[HookPhase.AGREE].add(time.perf_counter_ns() - start)
         return True
 
-    def _advance(self, start: int, published: bool) -> None:
+    def _advance(self, published: bool) -> None:
         """One step of the protocol; tests/model/agreement_model.py says the same in `publish_word` and `act`.
 
         `published`: the word of this step is out already, and was the one before.
         """
         parts, agreement, clock = self._parts, self._agreement, time.perf_counter_ns
+        start = clock()
         self._poll()
         polled = clock()
         word = self._last_word if published else agreement.word()
