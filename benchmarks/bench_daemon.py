@@ -19,7 +19,7 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.reporting import Column, show_table, write_json
-from eplb_async.core.config import load_settings
+from eplb_async.core.config import daemon_variables, load_settings
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.plan import FIRST_COUNTER, NO_PLAN
@@ -145,7 +145,9 @@ def main(
     layers, experts = load
     spec = MoESpec(num_layers=layers, num_experts=experts, num_ranks=ranks)
     with tempfile.TemporaryDirectory(prefix="eplb-bench-") as directory, Progress() as progress:
-        environ = {"EPLB_ASYNC_RUNTIME_DIR": directory, "EPLB_ASYNC_DAEMON_PAR_THRESHOLD": "1000"}
+        # reading alone: nothing is decided, and no policy compiles beside it
+        daemon = {"policy": "default", "par_threshold": 1000.0}
+        environ = {"EPLB_ASYNC_RUNTIME_DIR": directory, **daemon_variables(daemon)}
         os.environ.update(environ)
         settings = load_settings(environ=environ)
         # what makes the group this daemon's

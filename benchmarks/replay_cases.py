@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eplb_async.core.config import Settings, load_settings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.runtime.offline import Shape
 from eplb_async.runtime.replay_presets import PRESETS
 
@@ -81,17 +82,18 @@ SHARE = "share of vllm"
 """Of a point: its budget, as a share of what vLLM's schedule moves."""
 INTERVALS = {f"every {steps}": {"interval_steps": steps} for steps in (1000, 300)}
 """Points of a policy that has no budget: how often it plans."""
-EIGHT = {"window_steps": 100, "num_windows": 8}
+ALONE: Tables = {**EAGER, "window_steps": 100}
+"""A policy on a schedule, without what the daemon's defaults add to it."""
 OFTEN = {f"every {steps}": {"interval_steps": steps} for steps in (1000, 100)}
 CURVES = (
     Series(name="vllm", daemon=PRESETS["vllm"], points={"": {}}),
     Series(name="still", daemon=PRESETS["still"], points={"": {}}),
-    Series(name="default", daemon={"policy": "default", **EIGHT}, points=INTERVALS),
-    Series(name="swift_balancer", daemon={"policy": "swift_balancer", **EIGHT}, points=OFTEN),
-    Series(name="flashlb", daemon={"policy": "flashlb", **EIGHT}, points=INTERVALS),
+    Series(name="default", daemon={**ALONE, "policy": "default"}, points=INTERVALS),
+    Series(name="swift_balancer", daemon={**ALONE, "policy": "swift_balancer"}, points=OFTEN),
+    Series(name="flashlb", daemon={**ALONE, "policy": "flashlb"}, points=INTERVALS),
     Series(
         name="frontier",
-        daemon={"policy": "frontier", **EIGHT},
+        daemon={**ALONE, "policy": "frontier"},
         points={**OFTEN, "most_moved 0.005": {"interval_steps": 100, "policy_options": {"most_moved": 0.005}}},
     ),
     Series(

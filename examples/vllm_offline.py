@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--tensor-parallel-size", type=int, required=True)
     parser.add_argument("--redundant", type=int, default=16, help="slots beside one per expert")
-    parser.add_argument("--policy", default="default", help="see eplb-async policies")
+    parser.add_argument("--policy", default="frontier", help="see eplb-async policies")
     parser.add_argument("--rounds", type=int, default=20, help="batches of 256 requests")
     given = parser.parse_args()
 

@@ -118,7 +118,8 @@ class RingHammer(Hammer):
         """See Hammer."""
         ring, phases = self._open(), tuple(Phase)
         for number in range(ring.num_published, target):
-            ring.begin(number, phases[number % len(phases)], 3 * number, 5 * number)[:] = number & 0x7FFFFFFF
+            place = ring.begin(number, phases[number % len(phases)], 3 * number, 5 * number, 7 * number, 9 * number)
+            place[:] = number & 0x7FFFFFFF
             ring.publish()
 
     def read(self, stop_path: str, deadline_s: float) -> Tally:
@@ -133,9 +134,9 @@ class RingHammer(Hammer):
                 expected += batch.lost
                 tally.nothing += not len(batch.step)
                 for place, number in enumerate(range(expected, expected + len(batch.step))):
-                    fields = (batch.step, batch.phase, batch.version, batch.tokens)
+                    fields = batch.step, batch.phase, batch.version, batch.tokens, batch.previous_us, batch.pulled
                     found = [int(values[place]) for values in fields]
-                    right = found == [number, number % 5, 3 * number, 5 * number]
+                    right = found == [number, number % 5, 3 * number, 5 * number, 7 * number, 9 * number]
                     right = right and bool((batch.counts[place] == number & 0x7FFFFFFF).all())
                     tally.see(number, right, f"record {number}: {found}")
                 expected += len(batch.step)

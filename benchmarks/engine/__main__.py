@@ -22,7 +22,8 @@ from benchmarks.engine.plots import plot_runs
 from benchmarks.engine.results import COLUMNS, RunFiles, Summary, read_run, summarise
 from benchmarks.engine.serving import RunRequest
 from benchmarks.reporting import show_table, write_json
-from eplb_async.core.config import load_settings, policy_cache
+from eplb_async.core.config import daemon_variables, load_settings, policy_cache
+from eplb_async.core.daemon_settings import EAGER
 
 __all__ = ["Options", "main", "run_modes"]
 
@@ -67,18 +68,19 @@ class Options:
 
     def daemon_settings(self, runtime_dir: str) -> dict[str, str]:
         """EPLB_ASYNC_* variables of a mode."""
-        defaults = {
-            "DAEMON_POLICY": "frontier",
-            "DAEMON_INTERVAL_STEPS": str(self.interval),
-            "DAEMON_WINDOW_STEPS": str(max(1, self.interval // 4)),
-            "DAEMON_NUM_WINDOWS": "4",
-            "DAEMON_PAR_THRESHOLD": "1.02",
-            "DAEMON_POLL_INTERVAL_S": "0.02",
-            "DAEMON_DISCOVERY_INTERVAL_S": "0.1",
-            "DAEMON_EXIT_WHEN_IDLE_S": "900",
+        # a run is too short for gains to pay for their bytes; what is compared is what moving costs and brings
+        daemon = {
+            **EAGER,
+            "policy": "frontier",
+            "interval_steps": self.interval,
+            "window_steps": max(1, self.interval // 4),
+            "num_windows": 4,
+            "par_threshold": 1.02,
+            "poll_interval_s": 0.02,
+            "discovery_interval_s": 0.1,
+            "exit_when_idle_s": 900.0,
         }
-        named = {f"EPLB_ASYNC_{name}": value for name, value in defaults.items()}
-        return named | self.settings | {"EPLB_ASYNC_RUNTIME_DIR": runtime_dir}
+        return daemon_variables(daemon) | self.settings | {"EPLB_ASYNC_RUNTIME_DIR": runtime_dir}
 
 
 def run_modes(options: Options) -> tuple[list[dict[str, Any]], dict[str, RunFiles]]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from eplb_async.core.daemon_settings import EAGER
+
 __all__ = ["MODES", "SCENARIOS", "Mode", "Scenario", "engine_arguments", "parse_case", "write_model"]
 
 NEVER = 1_000_000_000
@@ -96,7 +98,7 @@ class Scenario:
 
 
 def _ours(policy: str, *, daemon: dict[str, Any] | None = None, **hook: Any) -> str:
-    eager = {"policy": policy, "par_threshold": 1.0, "min_gain": 0.0, "num_windows": 1, "history_length": 4096}
+    eager = {**EAGER, "policy": policy, "par_threshold": 1.0, "min_gain": 0.0, "num_windows": 1, "history_length": 4096}
     often = {"poll_interval_s": 0.02, "discovery_interval_s": 0.1}
     return json.dumps({"daemon": {**eager, **often, **(daemon or {})}, "hook": hook})
 
@@ -125,6 +127,7 @@ SCENARIOS: dict[str, Scenario] = {
         ours=json.dumps(
             {
                 "daemon": {
+                    **EAGER,
                     "policy": "frontier",
                     "window_steps": 5,
                     "num_windows": 4,

@@ -32,6 +32,7 @@ __all__ = [
     "check_group_name",
     "child_environment",
     "config_path",
+    "daemon_variables",
     "load_settings",
     "notify_socket",
     "policy_cache",
@@ -52,15 +53,21 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         attach_deadline_s: how long attach waits for the other ranks, which may load for longer.
         ring_records: steps of load that wait for the daemon before the oldest is overwritten.
         staging_rows: rows per rank that can be received before a commit; 0 means S, one whole layer.
-        pull_bytes_per_step: most bytes whose copies are issued in one step (at least one row is).
+        pull_bytes_per_step: most bytes whose copies are issued in one step; a row that is larger goes alone.
+        adapt_pace: issue less while steps with transfers run longer than usual ones without, more again once they do not. Off: as much as
+            `pull_bytes_per_step` allows, but for `slow_step_ratio`.
+        pace_tolerance: by how much of the usual time steps with transfers may be longer before less is issued.
+        least_pull_bytes_per_step: what pacing never goes below while it issues anything.
+        idle_pull_bytes_per_step: most bytes in a step in which the rank is idle: a dummy one, or after a wait for requests; 0: as
+            `pull_bytes_per_step`.
         copies_per_step: most copies issued in one step.
         plan_deadline_steps: a plan that is not done after so many steps is given up by the rank itself.
         plan_deadline_s: the same in seconds.
         drain_deadline_s: pulls of a dropped plan that have not ended after this are given up, where the transfer can do that
             (shared memory; not between nodes or on GPUs). No plan begins before.
         pull_bytes_in_flight: most bytes whose copies have been issued and have not ended.
-        slow_step_ratio: no copies are issued in a step whose forward before it took more than this times the usual one of its
-            phase; 0 issues in any step.
+        slow_step_ratio: no copies are issued in a step if the one before took more than this times the usual one of its phase and number of
+            tokens; three of them in a row make a pause. 0: no step is slow.
         verify: all, or sample (one in eight), or off: which received rows are compared with the fingerprints taken at attach.
         reduce_every: of a group on several nodes: steps from one all-reduce of the words to the next.
         one_peer_at_a_time: of a group on several nodes: a rank exchanges experts of one entry with one other rank at a time,
@@ -74,6 +81,10 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ring_records: int = 256
     staging_rows: int = 0
     pull_bytes_per_step: int = 64 << 20
+    adapt_pace: bool = True
+    pace_tolerance: float = 0.03
+    least_pull_bytes_per_step: int = 4 << 20
+    idle_pull_bytes_per_step: int = 0
     copies_per_step: int = 32
     plan_deadline_steps: int = 10_000
     plan_deadline_s: float = 120.0
@@ -88,7 +99,13 @@ class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         at_least(self, 1, "lag", "pull_bytes_per_step", "pull_bytes_in_flight", "copies_per_step")
         at_least(self, 1, "plan_deadline_steps", "reduce_every")
         at_least(self, 2, "ring_records")
-        at_least(self, 0, "staging_rows", "slow_step_ratio")
+        at_least(self, 1, "least_pull_bytes_per_step")
+        at_least(self, 0, "staging_rows", "slow_step_ratio", "pace_tolerance")
+        if 0 != self.idle_pull_bytes_per_step < self.pull_bytes_per_step:
+            raise ValueError(
+                f"`idle_pull_bytes_per_step` is {self.idle_pull_bytes_per_step}; it must be 0 or at least `pull_bytes_per_step`, "
+                f"{self.pull_bytes_per_step}"
+            )
         if 0 < self.slow_step_ratio < 1:
             raise ValueError(f"`slow_step_ratio` is {self.slow_step_ratio}; it must be 0 or at least 1")
         positive(self, "peer_deadline_s", "attach_deadline_s", "plan_deadline_s", "drain_deadline_s")
@@ -233,11 +250,13 @@ def settings_environment(settings: Settings) -> dict[str, str]:
         ours, theirs = getattr(settings, table), getattr(inherited, table)
         for field in ours.__struct_fields__:
             if (value := getattr(ours, field)) != getattr(theirs, field):
-                # JSON has no inf, which is a deadline that never comes
-                plain = value if isinstance(value, str) else repr(value) if isinstance(value, float) else None
-                text = plain if plain is not None else msgspec.json.encode(value).decode()
-                variables[f"{PREFIX}{table.upper()}_{field.upper()}"] = text
+                variables[f"{PREFIX}{table.upper()}_{field.upper()}"] = _as_text(value)
     return variables
+
+
+def daemon_variables(daemon: Mapping[str, Any]) -> dict[str, str]:
+    """Variables that say what a table `daemon` says."""
+    return {f"{PREFIX}DAEMON_{name.upper()}": _as_text(value) for name, value in daemon.items()}
 
 
 def check_group_name(group: str) -> str:
@@ -252,6 +271,12 @@ def check_group_name(group: str) -> str:
             "a group's name has 1 to 64 letters, digits, '.', '_' or '-', and does not start with '.'",
         )
     return group
+
+
+def _as_text(value: Any) -> str:
+    """A value as a variable holds it; JSON has no inf, which is a deadline that never comes."""
+    plain = value if isinstance(value, str) else repr(value) if isinstance(value, float) else None
+    return plain if plain is not None else msgspec.json.encode(value).decode()
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from eplb_async.core.config import load_settings
+from eplb_async.core.config import daemon_variables, load_settings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.errors import EplbError
 from eplb_async.demo.model import load_model
 from eplb_async.demo.reference import run_reference
@@ -26,18 +27,19 @@ from eplb_async.shm.launch import ensure_daemon
 
 __all__ = ["ORDER", "DemoOptions", "run"]
 
-SETTINGS = {
-    "DAEMON_WINDOW_STEPS": "4",
-    "DAEMON_NUM_WINDOWS": "2",
-    "DAEMON_INTERVAL_STEPS": "8",
-    "DAEMON_PAR_THRESHOLD": "1.10",
-    "DAEMON_MIN_GAIN": "0.04",
-    "DAEMON_POLL_INTERVAL_S": "0.02",
-    "DAEMON_DISCOVERY_INTERVAL_S": "0.1",
-    "HOOK_STAGING_ROWS": "40",
+DAEMON = {
+    **EAGER,
+    "window_steps": 4,
+    "num_windows": 2,
+    "interval_steps": 8,
+    "par_threshold": 1.10,
+    "min_gain": 0.04,
+    "poll_interval_s": 0.02,
+    "discovery_interval_s": 0.1,
 }
-"""A few hundred steps stand for hours of traffic, so windows and intervals are short. Staging rows for several layers let their
-weights travel at once: with rows for one layer, each layer waits for the commit of the one before."""
+"""A few hundred steps stand for hours of traffic, so windows and intervals are short, and gains need not live long to pay."""
+STAGING_ROWS = 40
+"""For several layers, so that their weights travel at once: with rows for one layer, each layer waits for the commit of the one before."""
 
 ORDER = ("python", "russian", "japanese", "english", "arabic", "german", "chinese", "web")
 """Neighbours differ much, so that every change of domain is a change of traffic."""
@@ -82,7 +84,7 @@ def run(options: DemoOptions, console: Console) -> Summary:
         tempfile.TemporaryDirectory(prefix="eplb-demo-") as directory,
         Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
     ):
-        environ = {f"EPLB_ASYNC_{name}": value for name, value in SETTINGS.items()}
+        environ = {**daemon_variables(DAEMON), "EPLB_ASYNC_HOOK_STAGING_ROWS": str(STAGING_ROWS)}
         environ["EPLB_ASYNC_RUNTIME_DIR"] = str(Path(directory) / "run")
         request = ServeRequest(
             stream=stream, weights=options.weights, rendezvous=Path(directory) / "rendezvous", environ=environ

@@ -18,7 +18,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     Fields:
         name, policy: of it.
         redundant: experts beside one of each.
-        daemon: settings of the table `daemon`.
+        daemon: settings of the table `daemon` that are not as they are by default.
         par_mean, par_p99: of the steps.
         num_plans: that committed something.
         bytes_per_step: moved, of all ranks together.
@@ -102,6 +102,8 @@ def settings_text(advice: Advice) -> str:
     ]
     if not advice.rebalance:
         return "\n".join([*lines, "# no daemon is needed: leave EPLB's rebalancing off"])
+    if not chosen.daemon:
+        lines.append("# everything else as it is by default")
     return "\n".join([*lines, "[daemon]", *(f"{name} = {_toml(value)}" for name, value in chosen.daemon.items())])
 
 

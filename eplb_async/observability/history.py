@@ -57,6 +57,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         gain_predicted, gain_realised, gain_noise: by how much the PAR of the changed layers falls, on average: as planned, on the windows after the
             last commit, under the new rows against those before, and the standard deviation of that.
         verdict: what this says of the plan: paid, did not pay, harmed, with numbers; "" until it is known.
+        saved_ms_per_step, moving_ms, cost_fit: time that the plan was to save in each step, and that its moves were to take from all steps together, by
+            which fit of step times; None and "" where that was not known.
+        step_ms_before, step_ms_after: mean time of a step in the windows before the plan, and in those that it is judged by.
         decide_s: from the trigger to the proposal; policy_s: the policy's share of it.
         publish_to_first_stage_s: from publication until some rank has staged an entry.
         publish_to_last_commit_s, trigger_to_last_commit_s: until all ranks have committed the last entry.
@@ -92,6 +95,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     gain_realised: float | None = None
     gain_noise: float | None = None
     verdict: str = ""
+    saved_ms_per_step: float | None = None
+    moving_ms: float | None = None
+    cost_fit: str = ""
+    step_ms_before: float | None = None
+    step_ms_after: float | None = None
     decide_s: float | None = None
     policy_s: float | None = None
     publish_to_first_stage_s: float | None = None

@@ -51,6 +51,8 @@ SMALL_SLOTS, SOLVE_NODES = 24, 20_000
 DISAGREE = 0.08
 """Part of the tokens by which windows differ above which what they agree on is not trusted as much: the imagined windows count twice.
 In recorded traffic of one kind it is 0.04 to 0.07, of changing requests or domains 0.1 to 0.3."""
+UNTOLD_PRICE = 0.1
+"""What moves cost where neither options nor planner say so."""
 FRESH_SHARE = 0.4
 """A plan from scratch hardly ever fills less of a layer's slots anew: what a repair must be worse by before one is made."""
 
@@ -60,7 +62,8 @@ class FrontierOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Fields:
         target: PAR at which a rank, and so a layer, is left alone; >= 1.
-        price: PAR that filling all of a layer's slots anew is worth; 0 moves for any gain.
+        price: PAR that filling all of a layer's slots anew is worth at least; 0 moves for any gain. None: what the planner says that moves cost
+            (`daemon.move_cost`), and 0.1 where it says nothing.
         most_moved: share of all slots that one plan may fill anew, over all layers, 0 to 1.
         noise: how much of the PAR that sampling noise alone would show (the expected greatest of R Poisson counts) is
             not acted on, with one window; 0 acts on all.
@@ -72,7 +75,7 @@ class FrontierOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     target: float = 1.01
-    price: float = 0.1
+    price: float | None = None
     most_moved: float = 1.0
     noise: float = 1.0
     even_windows: int = 2
@@ -89,8 +92,14 @@ class FrontierOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             ("even_windows", 0, 64),
             ("most_windows", 1, 1024),
         ):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least:g} to {most:g}")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it must be {least:g} to {most:g}")
+
+    @property
+    def least_price(self) -> float:
+        """The price, or the one where nobody says any."""
+        return UNTOLD_PRICE if self.price is None else self.price
 
 
 def frontier(
@@ -107,7 +116,7 @@ def frontier(
     if topology.slots_per_rank > windows_TLE.shape[2]:
         return default(windows_TLE, slot_to_expert_LP, topology, DefaultOptions(), state)
     found = find_frontier(windows_TLE, slot_to_expert_LP, topology, options)
-    price = found.price_within(int(options.most_moved * slot_to_expert_LP.size), options.price)
+    price = found.price_within(int(options.most_moved * slot_to_expert_LP.size), options.least_price)
     return found.placement(price), state
 
 
@@ -119,9 +128,10 @@ def within(options: FrontierOptions, share: float, price: float, num_windows: in
     """
     if num_windows > 1:
         price *= num_windows / (num_windows + options.even_windows)
-    return msgspec.structs.replace(
-        options, most_moved=min(options.most_moved, share), price=max(options.price, min(price, 1e6))
-    )
+    if price:
+        # what the options say is a least price beside the planner's; without any it is the planner's alone
+        options = msgspec.structs.replace(options, price=max(options.price or 0.0, min(price, 1e6)))
+    return msgspec.structs.replace(options, most_moved=min(options.most_moved, share))
 
 
 def find_frontier(
@@ -149,7 +159,7 @@ def find_frontier(
         score_L[repair.layers[repair.par_LJ[:, 0] <= search.trigger(repair.layers)]] = 0.0
     elif options.start == "live":
         score_L[repair.layers] = 0.0
-    layers = np.flatnonzero(score_L > options.target + FRESH_SHARE * options.price)
+    layers = np.flatnonzero(score_L > options.target + FRESH_SHARE * options.least_price)
     rows_LP = search.from_scratch(layers)
     moved_N = _frontier_layers.moved_slots(rows_LP, live_LP[layers], search.load_LE.shape[1], topology.num_ranks)
     worth_N = score_L[layers] > options.target + search.price * moved_N
@@ -170,7 +180,7 @@ class _Search:
         nodes, groups = planning_nodes(topology, num_experts) if options.inside_nodes else (1, 1)
         self.topology = msgspec.structs.replace(topology, num_nodes=nodes, num_expert_groups=groups)
         self.most_replicas = min(topology.max_replicas, topology.num_ranks // nodes)
-        self.price = options.price / topology.num_slots
+        self.price = options.least_price / topology.num_slots
         self.load_LE = windows_TLE.sum(axis=0)
         self.load_LET = _normalised(windows_TLE, topology.num_ranks, options)
         self.node_R = np.arange(topology.num_ranks) // self.topology.ranks_per_node
@@ -197,7 +207,7 @@ class _Search:
         rows_LP = default(self.load_LE[None, layers], self.live_LP[layers], topology, DefaultOptions(), b"")[0]
         if topology.num_slots <= SMALL_SLOTS and topology.num_nodes == 1 and len(self.windows_TLE) == 1:
             rows_LP = self._solved(layers, rows_LP)
-        if self.options.price > 0:
+        if self.options.least_price > 0:
             rows_LP = _matching.match_ranks(
                 rows_LP, self.live_LP[layers], num_experts, topology.slots_per_rank, topology.num_nodes
             )

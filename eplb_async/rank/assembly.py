@@ -1,6 +1,7 @@
 """Building a hook's parts at attach, and taking them apart at detach, so that nothing is left behind either way."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from eplb_async.core.config import Settings, check_group_name
+from eplb_async.core.diff import least_staging_rows
 from eplb_async.core.errors import (
     DaemonUnavailable,
     PeerLost,
     PlacementError,
     SegmentMissing,
+    SpecError,
     SpecMismatch,
     TransferFailed,
+    UnknownName,
 )
 from eplb_async.core.load import LoadKind
 from eplb_async.core.placement import IntArray, initial_placement, validate_placement
@@ -29,7 +33,7 @@ from eplb_async.rank.maps import Maps
 from eplb_async.rank.meeting import node_group
 from eplb_async.rank.membership import Membership
 from eplb_async.rank.nodes import Hello, NodesJoined
-from eplb_async.rank.pace import StepPace
+from eplb_async.rank.pace import Pace
 from eplb_async.rank.plan_reader import PlanReader
 from eplb_async.rank.platform import Platform, choose_platform
 from eplb_async.rank.recorder import Recorder, check_load
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = ["AttachRequest", "Parts", "assemble"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttachRequest:
@@ -63,8 +69,27 @@ class AttachRequest:
     placement: IntArray | None
     load_kind: LoadKind | None
     settings: Settings
-    staging_rows: int
     rendezvous: "Store | None" = None
+
+    @property
+    def staging_rows(self) -> int:
+        """Of each rank; by default one whole layer."""
+        return self.settings.hook.staging_rows or self.spec.slots_per_rank
+
+    def check(self) -> None:
+        """Refuse what does not fit together, before anything is made.
+
+        Raises:
+            ConfigError, SpecError, UnknownName: an argument.
+        """
+        check_group_name(self.group)
+        if not 0 <= self.rank < self.spec.num_ranks:
+            raise SpecError(f"rank {self.rank} was given; ranks are 0..{self.spec.num_ranks - 1}")
+        if self.daemon not in ("optional", "auto", "required"):
+            raise UnknownName("daemon choice", self.daemon, ("optional", "auto", "required"))
+        least = least_staging_rows(self.spec.topology)
+        if self.staging_rows < least:
+            raise SpecError(f"staging_rows is {self.staging_rows}; needed at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +109,7 @@ class Parts:
     maps: Maps
     recorder: Recorder
     capturing: Callable[[], bool]
-    pace: StepPace
+    pace: Pace
 
     def close(self) -> None:
         """End the threads, then leave the group; that in any case, though a thread hangs.
@@ -108,6 +133,7 @@ def assemble(request: AttachRequest) -> Parts:
     Raises:
         As RankHook.attach; nothing is left behind then.
     """
+    request.check()
     spec, settings = request.spec, request.settings
     given = request.placement if request.placement is not None else initial_placement(spec)
     placement_LP = validate_placement(np.asarray(given), spec)
@@ -138,10 +164,20 @@ def assemble(request: AttachRequest) -> Parts:
         if request.daemon == "required" and not daemon_running(settings):
             raise DaemonUnavailable(str(directory))
         joining = _Joining(request, info, placement_LP, kind, platform, transfer)
-        return joining.join(directory)
+        parts = joining.join(directory)
     except BaseException:
         transfer.close()
         raise
+    log.info(
+        "group %s rank %d attached: incarnation %d, %d staging rows (%d bytes), %s",
+        request.group,
+        request.rank,
+        parts.membership.words.incarnation,
+        request.staging_rows,
+        transfer.staging.num_bytes,
+        settings.hook,
+    )
+    return parts
 
 
 class _Joining:
@@ -200,6 +236,8 @@ class _Joining:
             exchange = SharedMemoryExchange(membership.words, request.rank, settings.hook.peer_deadline_s)
         live = membership.live if request.rank == info.ranks[0] else None
         recorder = self._platform.recorder(request.load, self._ring)
+        pace = Pace(settings.hook, max(info.slot_bytes))
+        self._ring.show_pace(pace.budget_bytes, 0, 0)
         reader_stream = HostStream(f"eplb-plan-{info.group}-{request.rank}")
         return Parts(
             group=request.group,
@@ -215,7 +253,7 @@ class _Joining:
             maps=maps,
             recorder=recorder,
             capturing=self._platform.capturing,
-            pace=StepPace(settings.hook.slow_step_ratio),
+            pace=pace,
         )
 
     def _expected(self, fingerprints: ExpertFingerprints | None) -> Callable[[int, int], Sequence[int] | None]:

@@ -18,9 +18,8 @@ from typing import Literal
 import torch
 from torch._C._distributed_c10d import Store
 
-from eplb_async.core.config import Settings, check_group_name, load_settings
-from eplb_async.core.diff import least_staging_rows
-from eplb_async.core.errors import HookClosed, LifecycleError, SpecError, UnknownName
+from eplb_async.core.config import Settings, load_settings
+from eplb_async.core.errors import HookClosed, LifecycleError
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.core.placement import IntArray
 from eplb_async.core.plan import generation_of, position_of
@@ -28,6 +27,7 @@ from eplb_async.core.spec import MoESpec
 from eplb_async.rank.agreement import Agreement, Decision, Verdict
 from eplb_async.rank.assembly import AttachRequest, Parts, assemble
 from eplb_async.rank.phases import phase_of
+from eplb_async.rank.plan_deadline import PlanDeadline
 from eplb_async.rank.plan_reader import BadPlan, PreparedPlan, Snapshot
 from eplb_async.rank.statistics import HookPhase, HookStatistics, PhaseTimes
 from eplb_async.rank.step_context import StepContext
@@ -67,10 +67,11 @@ class RankHook:
         self.dispatch_count_LE = parts.maps.dispatch_count_LE
         self._agreement = self.agreement_class()
         self._plan: PreparedPlan | None = None
-        self._plan_step, self._plan_since_s = 0, 0.0
+        self._deadline = PlanDeadline(parts.settings.hook)
         self._step, self._running = 0, False
         self._quiet, self._last_word = False, (0, 0, 0, 0)
         self._phase, self._tokens, self._version = Phase.MIXED, 0, self._agreement.decided
+        self._previous_us = self._told = 0
         self._closed = ""
         self._context = StepContext(self.before_forward, self.after_forward, self._discard_step)
         self._num_plans, self._num_drops, self._failure = 0, 0, (0, "")
@@ -116,15 +117,7 @@ class RankHook:
             SegmentError: shared memory cannot be made, or what is there is not ours.
             DaemonUnavailable: see `daemon`.
         """
-        check_group_name(group)
-        if not 0 <= rank < spec.num_ranks:
-            raise SpecError(f"rank {rank} was given; ranks are 0..{spec.num_ranks - 1}")
-        if daemon not in ("optional", "auto", "required"):
-            raise UnknownName("daemon choice", daemon, ("optional", "auto", "required"))
         settings = settings or load_settings()
-        staging_rows = settings.hook.staging_rows or spec.slots_per_rank
-        if staging_rows < least_staging_rows(spec.topology):
-            raise SpecError(f"staging_rows is {staging_rows}; needed at least {least_staging_rows(spec.topology)}")
         parts = assemble(
             AttachRequest(
                 group=group,
@@ -136,36 +129,32 @@ class RankHook:
                 placement=placement,
                 load_kind=load_kind,
                 settings=settings,
-                staging_rows=staging_rows,
                 rendezvous=rendezvous,
             )
         )
-        hook = cls(parts)
-        log.info(
-            "group %s rank %d attached: incarnation %d, %d staging rows (%d bytes), %s",
-            group,
-            rank,
-            parts.membership.words.incarnation,
-            staging_rows,
-            parts.transfer.staging.num_bytes,
-            settings.hook,
-        )
-        return hook
+        return cls(parts)
 
-    def step(self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0) -> StepContext:
+    def step(
+        self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0, last_step_us: float | None = None
+    ) -> StepContext:
         """A context around one forward: before_forward on entering, after_forward on leaving.
 
         If the forward raises, the step still counts (other ranks made it), but its load is not recorded.
         """
-        self._context.phase, self._context.num_tokens = phase, num_tokens
-        return self._context
+        context = self._context
+        context.phase, context.num_tokens, context.last_step_us = phase, num_tokens, last_step_us
+        return context
 
-    def before_forward(self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0) -> None:
+    def before_forward(
+        self, phase: str | Phase = Phase.MIXED, num_tokens: int = 0, last_step_us: float | None = None
+    ) -> None:
         """Everything that must happen between two forwards. During a CUDA graph capture it does nothing.
 
         Args:
             phase: "prefill", "decode", "mixed", "dummy" (an idle rank), or "profile" (warm-up).
             num_tokens: tokens of this rank's batch.
+            last_step_us: how long the step before took, if the engine measures that; 0: not to be counted. None: the time from its beginning
+                to now, in which an engine may have waited for requests.
 
         Raises:
             PeerLost, StepDrift: do not run this forward; detach, and attach all ranks again.
@@ -181,7 +170,9 @@ class RankHook:
             raise LifecycleError(
                 f"group {self.group!r} rank {self.rank}: after_forward of step {self._step} was not called"
             )
-        self._phase, self._tokens = phase_of(phase), num_tokens
+        entered, now_ns = phase_of(phase), time.perf_counter_ns()
+        self._previous_us = self._parts.pace.begin(now_ns, self._phase, self._tokens, last_step_us)
+        self._phase, self._tokens = entered, num_tokens
         try:
             if not self._quiet:
                 self._advance(published=False)
@@ -206,13 +197,15 @@ class RankHook:
             self._phase = phase_of(phase)
         if num_tokens is not None:
             self._tokens = num_tokens
-        self._parts.recorder.record(self._step, self._phase, self._version, self._tokens)
+        told, self._told = self._told, self._parts.stager.bytes_pulled
+        since = self._previous_us, self._told - told
+        self._parts.recorder.record(self._step, self._phase, self._version, self._tokens, *since)
         self._finish_step()
         self._times[HookPhase.RECORD].add(time.perf_counter_ns() - start)
 
     def statistics(self) -> HookStatistics:
         """Counters and the host time of each phase of the hook."""
-        agreement, stager = self._agreement, self._parts.stager
+        agreement, stager, pace = self._agreement, self._parts.stager, self._parts.pace
         return HookStatistics(
             step=self._step,
             generation=generation_of(agreement.decided),
@@ -223,6 +216,9 @@ class RankHook:
             rows_pulled=stager.rows_pulled,
             bytes_pulled=stager.bytes_pulled,
             staging_bytes=self._parts.transfer.staging.num_bytes,
+            pull_budget_bytes=pace.budget_bytes,
+            pull_pauses=pace.num_pauses,
+            pull_slowdowns=pace.num_slowdowns,
             draining=stager.orphaned,
             pulls_abandoned=stager.pulls_abandoned,
             last_error="plan {}: {}".format(*self._failure) if self._failure[0] else "",
@@ -287,13 +283,16 @@ class RankHook:
             self._apply(decision)
             applied = clock()
             self._times[HookPhase.COMMIT].add(applied - agreed)
+        num_plans, spent = self._num_plans, 0
         self._adopt(words)
         if self._plan is not None:
             parts.stager.agree(words)
             if not agreement.failed:
-                if parts.pace.step(self._phase, start):
-                    parts.stager.issue(words.committed)
+                spent = parts.stager.issue(words.committed, parts.pace.grant(self._phase))
                 self._poll_staged()
+            parts.recorder.ring.show_pace(parts.pace.budget_bytes, parts.pace.num_pauses, parts.pace.num_slowdowns)
+        odd = decision.verdict is not Verdict.NOTHING or self._num_plans > num_plans or bool(parts.committer.running)
+        parts.pace.ran(spent, parts.stager.bytes_in_flight, odd=odd)
         self._times[HookPhase.ISSUE].add(clock() - applied)
         self._times[HookPhase.POLL].add(polled - start)
         self._times[HookPhase.AGREE].add(agreed - polled)
@@ -320,12 +319,8 @@ class RankHook:
             self._poll_staged()
         if parts.membership.board.abort == agreement.generation:  # of a later one: damaged, no daemon wrote it
             self._fail(agreement.generation, "a daemon aborted it")
-        if self._plan is not None:
-            settings = parts.settings.hook
-            if self._step - self._plan_step > settings.plan_deadline_steps:
-                self._fail(self._plan.generation, f"not done after {settings.plan_deadline_steps} steps")
-            elif time.monotonic() - self._plan_since_s > settings.plan_deadline_s:
-                self._fail(self._plan.generation, f"not done after {settings.plan_deadline_s:g} s")
+        if self._plan is not None and (why := self._deadline.passed(self._step)):
+            self._fail(self._plan.generation, why)
 
     def _poll_committed(self) -> None:
         ended = self._parts.committer.poll()
@@ -377,9 +372,9 @@ class RankHook:
                 self._fail(generation, found.why)
                 return
             agreement.adopt(found)
-            parts.pace.pause()
             parts.stager.start(found)
-            self._plan, self._plan_step, self._plan_since_s = found, self._step, time.monotonic()
+            self._deadline.start(self._step)
+            self._plan = found
             self._num_plans += 1
             log.info(
                 "group %s rank %d: plan %d with %d entries begins", self.group, self.rank, generation, found.length
@@ -393,6 +388,7 @@ class RankHook:
     def _discard_step(self) -> None:
         if self._running:
             self._parts.recorder.discard(self._step, self._version)
+            self._parts.pace.ran(0, 0, odd=True)
             self._finish_step()
 
     def _finish_step(self) -> None:

@@ -41,15 +41,17 @@ class Recorder:
         layers, width = load.shape
         return RingInfo(group=group, rank=rank, kind=kind, num_layers=layers, width=width, num_records=num_records)
 
-    def record(self, step: int, phase: Phase, version: int, tokens: int) -> None:
+    def record(self, step: int, phase: Phase, version: int, tokens: int, previous_us: int = 0, pulled: int = 0) -> None:
         """Write the record of a step and zero the load tensor. Never waits.
 
         Args:
             step, phase: of the forward that has just run.
             version: packed counter of the placement it ran with.
             tokens: tokens of the batch on this rank.
+            previous_us: how long the step before took; 0: not known.
+            pulled: bytes whose copies were issued since the record before.
         """
-        counts = self.ring.begin(step, phase, version, tokens)
+        counts = self.ring.begin(step, phase, version, tokens, previous_us, pulled)
         if phase.counts:
             np.copyto(counts, self._counts)
         self.ring.publish()

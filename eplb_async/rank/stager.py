@@ -84,24 +84,32 @@ class Stager:
     def close(self) -> None:
         """End what runs beside the transfer; nothing here."""
 
-    def issue(self, all_committed: int) -> None:
-        """Issue copies within this step's budget.
+    def issue(self, all_committed: int, budget_bytes: int | None = None) -> int:
+        """Issue copies within this step's budget; how many bytes.
 
         Args:
             all_committed: a packed counter that every rank is known to have committed.
+            budget_bytes: None: what the settings allow.
         """
-        rows_before = self.rows_pulled
-        self._issue(all_committed)
-        if self.rows_pulled > rows_before:
+        before, limit = self.bytes_pulled, self._settings.pull_bytes_per_step
+        self._issue(all_committed, limit if budget_bytes is None else budget_bytes)
+        if self.bytes_pulled > before:
             self._transfer.flush()
+        return self.bytes_pulled - before
 
-    def _issue(self, all_committed: int) -> None:
+    def _issue(self, all_committed: int, budget_bytes: int) -> None:
         settings, spent = self._settings, False
-        copies, left = settings.copies_per_step, settings.pull_bytes_per_step
+        copies, left = settings.copies_per_step, budget_bytes
         while copies > 0 and self._plan is not None and (current := self._to_issue(self._plan, all_committed)):
             layer, size = current.entry.layer, current.row_bytes
-            # a row that is larger than a budget goes alone
-            while current.waiting and copies > 0 and (left >= size or not spent) and self._has_room(size):
+            # a row that is larger than the limit goes alone, for the whole of it
+            alone = settings.pull_bytes_per_step
+            while (
+                current.waiting
+                and copies > 0
+                and (left >= size or (left >= alone and not spent))
+                and self._has_room(size)
+            ):
                 pull, row = current.waiting.popleft()
                 expected = self._fingerprints(layer, pull.expert)
                 current.copies.append(self._transfer.pull(layer, pull, row, expected))

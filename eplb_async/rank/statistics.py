@@ -42,6 +42,8 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
         rows_pulled, bytes_pulled: since attach.
         staging_bytes: memory for staging rows.
         draining: pulls of a dropped plan still run; the next plan waits for them on all ranks.
+        pull_budget_bytes: that a step may begin to pull now, see pace.py.
+        pull_pauses, pull_slowdowns: times that pulls were paused, and that the budget was cut, since attach.
         pulls_abandoned: that did not end after their plan was dropped, and were given up; since attach.
         last_error: why this rank last asked for a drop, or "".
         times: per phase of the hook; COMMIT only over steps that committed or dropped something, POLL and ISSUE only over those in
@@ -57,6 +59,9 @@ class HookStatistics(msgspec.Struct, frozen=True, kw_only=True):
     rows_pulled: int
     bytes_pulled: int
     staging_bytes: int
+    pull_budget_bytes: int
+    pull_pauses: int
+    pull_slowdowns: int
     draining: bool
     pulls_abandoned: int
     last_error: str

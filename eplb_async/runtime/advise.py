@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.config import load_settings
+from eplb_async.core.config import DaemonSettings, load_settings
 from eplb_async.core.errors import SpecError
 from eplb_async.observability.advice import Advice, Candidate
 from eplb_async.observability.replay_report import ReplayReport
@@ -113,15 +113,15 @@ def redundancies(num_experts: int, num_ranks: int, most: int = 0) -> list[int]:
 
 def _variations(ours: ReplayReport | None) -> dict[str, Mapping[str, Any]]:
     """Settings to try beside our defaults; `ours`: what came of those, if they were the best."""
-    preset = PRESETS["ours"]
+    defaults = DaemonSettings()
     found: dict[str, Mapping[str, Any]] = {
         "vllm": PRESETS["vllm"],
-        "ours, moves cost half": {**preset, "move_cost": preset["move_cost"] / 2},
-        "ours, moves cost four times": {**preset, "move_cost": preset["move_cost"] * 4},
-        "ours, four times the interval": {**preset, "interval_steps": preset["interval_steps"] * 4},
+        "ours, moves cost half": {"move_cost": defaults.move_cost / 2},
+        "ours, moves cost four times": {"move_cost": defaults.move_cost * 4},
+        "ours, four times the interval": {"interval_steps": defaults.interval_steps * 4},
     }
     if ours is not None and ours.bytes_moved:
-        found["ours, half the bytes"] = {**preset, "bytes_per_step": max(1, int(ours.bytes_per_step / 2))}
+        found["ours, half the bytes"] = {"bytes_per_step": max(1, int(ours.bytes_per_step / 2))}
     return found
 
 

@@ -40,6 +40,7 @@ def replay(  # size: options of a command
     bandwidth: cli_trace.Bandwidth = 50.0,
     stall_us: cli_trace.StallUs = 50.0,
     decide_us: cli_trace.DecideUs = 50_000.0,
+    mib_us: cli_trace.MibUs = 0.0,
     plot: Annotated[Path | None, typer.Option(help="Also draw PAR over the steps (needs matplotlib).")] = None,
     as_json: cli_plan.AsJson = False,
 ) -> None:
@@ -57,7 +58,7 @@ def replay(  # size: options of a command
         configurations=configurations(config or [], preset or []),
         shape=Shape(num_slots=slots, num_ranks=ranks, num_nodes=nodes, num_expert_groups=groups),
         slot_bytes=slot_bytes,
-        costs=cli_trace.costs_of(token_us, fixed_us, bandwidth, stall_us, decide_us),
+        costs=cli_trace.costs_of(token_us, fixed_us, bandwidth, stall_us, decide_us, mib_us),
         steps_per_window=steps_per_window,
         tokens_per_step=tokens_per_step,
         seed=seed,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eplb_async.observability.history import Decision, Outcome
-from eplb_async.runtime.messages import DaemonStatus, GroupStatus, ShadowStatus
+from eplb_async.runtime.messages import CostStatus, DaemonStatus, GroupStatus, PhaseStatus, ShadowStatus
 
 __all__ = ["fail", "show_decision", "show_garbage", "show_history", "show_status", "watch_status"]
 
@@ -114,11 +114,19 @@ def _group(group: GroupStatus) -> Group:
     if group.phases:
         steps = ", ".join(f"{number} {phase}" for phase, number in group.phases.items())
         parts.append(Text(f"  steps of ranks: {steps}; placement serves {group.serves}", style="dim"))
+    parts += [Text(f"  {_phase(load)}", style="dim") for load in group.phase_loads]
+    if group.cost is not None:
+        parts.append(Text(f"  {_cost(group.cost)}", style="dim"))
     if group.ranks:
         parts.append(_ranks(group))
     if group.decisions:
         parts.append(_decisions(group.decisions))
     return Group(*parts)
+
+
+def _phase(load: PhaseStatus) -> str:
+    counts = f"; a token counts {load.weight:g}" if load.weight != 1 else ""
+    return f"{load.phase}: PAR live {_par(load.par_live)} ({load.windows} windows), {load.tokens:,} tokens in {load.steps:,} steps{counts}"
 
 
 def _shadow(shadow: ShadowStatus) -> str:
@@ -130,20 +138,43 @@ def _shadow(shadow: ShadowStatus) -> str:
     )
 
 
-def _ranks(group: GroupStatus) -> Table:
-    table = _table(
-        "rank", "pid", "state", "step", "staged", "committed", "records", "lost", "missed", "damaged", "unfolded"
+def _cost(cost: CostStatus) -> str:
+    if not cost.known:
+        return (
+            f"a step of {cost.step_ms:.2f} ms; what tokens cost is not known yet: their number has not varied enough "
+            f"({cost.windows} windows)"
+        )
+    return (
+        f"a step of {cost.step_ms:.2f} ms: {cost.fixed_ms:.2f} fixed, {cost.tokens_ms:.2f} +- {cost.tokens_error_ms:.2f} of experts' tokens, "
+        f"{cost.pulls_ms:.2f} of pulls, {cost.commits_ms:.2f} of commits ({cost.windows} windows)"
     )
+
+
+def _time(decision: Decision) -> str:
+    """What was predicted of steps, and what they took; "" if neither is known."""
+    predicted = realised = ""
+    if decision.saved_ms_per_step is not None:
+        saved, moving = decision.saved_ms_per_step, decision.moving_ms or 0.0
+        predicted = f"predicted to save {saved:.3f} ms per step for {moving:.1f} ms of moves ({decision.cost_fit})"
+    if decision.step_ms_before is not None:
+        realised = f"a step took {decision.step_ms_before:.3f} ms before, {decision.step_ms_after:.3f} after"
+    return "; ".join(filter(None, (predicted, realised)))
+
+
+def _ranks(group: GroupStatus) -> Table:
+    names = ("rank", "pid", "state", "step", "staged", "committed", "records", "lost", "missed", "damaged", "unfolded")
+    table = _table(*names, "budget", "pauses", "slowed")
     for rank in group.ranks:
         counters = (f"{generation}.{position}" for generation, position in (rank.staged, rank.committed))
         state = f"[red]{rank.state}[/]" if rank.state == "gone" else rank.state
         numbers = (rank.records, rank.lost, rank.missed, rank.damaged, rank.unfolded)
-        table.add_row(str(rank.rank), str(rank.pid), state, str(rank.step), *counters, *map(str, numbers))
+        pace = (_bytes(rank.budget_bytes), str(rank.pauses), str(rank.slowdowns))
+        table.add_row(str(rank.rank), str(rank.pid), state, str(rank.step), *counters, *map(str, numbers), *pace)
     return table
 
 
 def _decisions(decisions: Sequence[Decision]) -> Text:
-    """Two lines each: what came of it in numbers, and why."""
+    """Two lines each: what came of it in numbers, and why; then whether it paid, and what it did to step times, as far as that is known."""
     lines = []
     for decision in decisions:
         when = time.strftime("%H:%M:%S", time.localtime(decision.time_unix_s))
@@ -162,6 +193,8 @@ def _decisions(decisions: Sequence[Decision]) -> Text:
         if decision.verdict:
             trust = f"; trust {decision.trust:.2f} -> {decision.trust_after:.2f}" if decision.trust_after else ""
             lines.append(f"     [dim]{escape(decision.verdict + trust)}[/]")
+        if time_told := _time(decision):
+            lines.append(f"     [dim]{escape(time_told)}[/]")
     return Text.from_markup("\n".join(lines))
 
 

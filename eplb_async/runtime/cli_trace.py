@@ -16,6 +16,7 @@ __all__ = [
     "DecideUs",
     "Every",
     "FixedUs",
+    "MibUs",
     "Seed",
     "SlotBytes",
     "StallUs",
@@ -44,10 +45,13 @@ TokenUs = Annotated[float, typer.Option(min=0, help="Time per token of a layer's
 FixedUs = Annotated[float, typer.Option(min=0, help="Time of a step beside that.")]
 Bandwidth = Annotated[float, typer.Option(metavar="GB/s", min=1e-6, help="That one rank receives.")]
 StallUs = Annotated[float, typer.Option(min=0, help="By which a commit holds a step up.")]
+MibUs = Annotated[float, typer.Option(min=0, help="By which each MiB pulled makes its step longer.")]
 DecideUs = Annotated[float, typer.Option(min=0, help="From a trigger to the plan.")]
 
 
-def costs_of(token_us: float, fixed_us: float, bandwidth: float, stall_us: float, decide_us: float) -> "ReplayCosts":
+def costs_of(
+    token_us: float, fixed_us: float, bandwidth: float, stall_us: float, decide_us: float, mib_us: float = 0.0
+) -> "ReplayCosts":
     """The cost model; `bandwidth` in GB/s."""
     from eplb_async.runtime.replay import ReplayCosts
 
@@ -57,6 +61,7 @@ def costs_of(token_us: float, fixed_us: float, bandwidth: float, stall_us: float
         bytes_per_us=1000 * bandwidth,
         stall_us=stall_us,
         decide_us=decide_us,
+        mib_us=mib_us,
     )
 
 

@@ -4,7 +4,7 @@
 
 Window w holds steps w * window_steps to (w + 1) * window_steps - 1. It is complete once every ring whose rank lives has
 passed its end. A window whose beginning some ring did not show (the daemon came later) is left out, and so is one
-without traffic. Dummy and profile steps move a ring on but do not count.
+without traffic. Dummy and profile steps move a ring on but do not count; how the others do, is in phase_load.py.
 
 Cost matters here: 8 ranks x 200 steps/s of [58, 256] int32 are 95 MB/s. Hence whole batches, and sums in int32 when the
 largest count times the number of records cannot overflow.
@@ -19,10 +19,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb_async.core.daemon_settings import DaemonSettings
 from eplb_async.core.load import LoadKind, Phase, fold_slots
 from eplb_async.core.placement import IntArray
 from eplb_async.core.spec import MoESpec
+from eplb_async.runtime.group_view import LiveView
+from eplb_async.runtime.messages import PhaseStatus
+from eplb_async.runtime.phase_load import PhaseLoads, weights_of
 from eplb_async.runtime.row_history import RowHistory
+from eplb_async.runtime.step_times import StepTimes
 from eplb_async.runtime.windows import LoadWindows
 from eplb_async.shm.ring import PHASES, Batch, LoadRing
 
@@ -32,18 +37,13 @@ logger = logging.getLogger(__name__)
 
 READ_AT_ONCE = 64
 """Records per read: a few megabytes, so that the event loop is held for a millisecond or two."""
-_SERVED = {
-    "all": np.array([phase.counts for phase in PHASES]),
-    "prefill": np.array([phase in (Phase.PREFILL, Phase.MIXED) for phase in PHASES]),
-    "decode": np.array([phase in (Phase.DECODE, Phase.MIXED) for phase in PHASES]),
-}
-"""Which phases' load goes into windows. A mixed step cannot be told apart, and so is part of both; dummy and profile steps are of none."""
+_COUNTS = np.array([phase.counts for phase in PHASES])
 _INT32_MAX = (1 << 31) - 1
 
 
 class RingStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """What came from one ring: whole records, those overwritten before they were read, before the daemon looked for the
-    first time (missed), nonsense (damaged), and records of which some layer could not be folded; newest step seen."""
+    first time (missed), nonsense (damaged), and records of which some layer could not be folded; newest step seen; LoadRing.pace."""
 
     rank: int
     num_records: int
@@ -52,6 +52,7 @@ class RingStatistics(msgspec.Struct, frozen=True, kw_only=True):
     num_damaged: int
     num_unfolded: int
     newest_step: int
+    pace: tuple[int, int, int]
 
 
 class _Reader:
@@ -74,7 +75,8 @@ class Collector:
     """Reads the rings of one group. Used by one task only.
 
     Attributes:
-        load: the complete windows with traffic.
+        load: the complete windows with traffic that placement serves.
+        phases: the same by phase, and what a token of each counts.
         num_completed: windows ever completed, with traffic or not.
         unfolded_L: records per layer that could not be folded, int64 [L].
     """
@@ -87,28 +89,32 @@ class Collector:
         self._readers = {rank: _Reader(ring) for rank, ring in rings.items()}
         self.load = LoadWindows((spec.num_layers, spec.num_experts), *steps_and_windows)
         self.num_completed = 0
+        self._times = StepTimes()
         self.unfolded_L = np.zeros(spec.num_layers, dtype=np.int64)
-        self._phase_records = np.zeros(len(PHASES), dtype=np.int64)
-        self._serves = "all"
-        self._open: dict[int, NDArray[np.int64]] = {}
+        self.phases = PhaseLoads(spec, steps_and_windows, weights_of(DaemonSettings()))
         self._next_window = 0
 
     def resize(self, window_steps: int, num_windows: int) -> None:
         """Other windows from now on; those collected are forgotten if their length changes."""
+        self.phases.resize(window_steps, num_windows)
         if self.load.resize(window_steps, num_windows):
             self._begin_anew()
 
-    def serve(self, phases: str) -> None:
-        """Which load goes into windows from now on: "all", "prefill" or "decode"; windows of other load are forgotten."""
-        if phases != self._serves:
-            self._serves = phases
-            self.load.kept.clear()
+    def serve(self, weights: Mapping[Phase, float]) -> None:
+        """What a token of each phase counts from now on, see `weights_of`; windows of other load are forgotten."""
+        if weights != self.phases.weights:
+            self.phases.weights = dict(weights)
+            self.load.clear()
             self._begin_anew()
 
     @property
-    def phases(self) -> dict[str, int]:
-        """Records of each phase that was seen, of all rings together, whether they count or not."""
-        return {phase.value: int(n) for phase, n in zip(PHASES, self._phase_records, strict=True) if n}
+    def _timed(self) -> NDArray[np.bool_]:
+        """Phases whose steps windows tell the time of, by their number: those that placement serves."""
+        return np.array([self.phases.weights.get(phase, 0.0) > 0 for phase in PHASES])
+
+    def phase_status(self, live: LiveView) -> tuple[PhaseStatus, ...]:
+        """Steps, tokens and live PAR of each phase."""
+        return self.phases.status(live, self._next_window - 1)
 
     @property
     def windows(self) -> deque[tuple[int, NDArray[np.int64]]]:
@@ -138,7 +144,8 @@ class Collector:
             batch = self._valid(reader, batch, newest_step())
             if len(batch.step):
                 reader.read_step = int(batch.step[-1])
-                self._phase_records += np.bincount(batch.phase, minlength=len(PHASES))
+                self._times.add(rank, batch, self.load.steps, self._timed)
+                self.phases.seen(batch)
                 if reader.first_step is None:
                     reader.first_step = int(batch.step[0])
                 reader.waiting.append(batch)
@@ -154,9 +161,13 @@ class Collector:
         first = max(-(-(reader.first_step or 0) // self.load.steps) for reader in readers)
         end = min(reader.folded_step + 1 for reader in readers) // self.load.steps
         closed = 0
-        for window in sorted(window for window in self._open if window < end):
-            load_LE = self._open.pop(window)
-            if window >= first and self.load.add(window, load_LE):
+        for window in self.phases.open:
+            if window >= end:
+                break
+            times = self._times.close(window)
+            if window < first:
+                self.phases.drop(window)
+            elif self.load.add(window, self.phases.close(window), times):
                 closed += 1
         self.num_completed += max(0, end - max(self._next_window, first))
         self._next_window = max(self._next_window, end)
@@ -173,6 +184,7 @@ class Collector:
                 num_damaged=reader.damaged,
                 num_unfolded=reader.unfolded,
                 newest_step=reader.read_step,
+                pace=reader.ring.pace,
             )
             for rank, reader in sorted(self._readers.items())
         ]
@@ -185,7 +197,8 @@ class Collector:
 
     def _begin_anew(self) -> None:
         """Windows begin with the next records."""
-        self._open.clear()
+        self.phases.begin_anew()
+        self._times.clear()
         for reader in self._readers.values():
             reader.first_step = reader.folded_step + 1 if reader.first_step is not None else None
         self._next_window = 0
@@ -220,50 +233,36 @@ class Collector:
             )
         reader.damaged += int(bad.sum())
         good = ~bad
-        return Batch(
-            batch.step[good], batch.phase[good], batch.version[good], batch.tokens[good], batch.counts[good], batch.lost
-        )
+        return batch.part(good)
 
     def _fold_waiting(self, reader: _Reader) -> None:
         while reader.waiting:
             batch = reader.waiting[0]
             window = batch.step // self.load.steps
-            served = _SERVED[self._serves][batch.phase]
-            keys = np.stack([window, batch.version, served])
+            counts = _COUNTS[batch.phase]
+            keys = np.stack([window, batch.version, counts])
             cuts = [0, *(np.flatnonzero((keys[:, 1:] != keys[:, :-1]).any(axis=0)) + 1).tolist(), len(batch.step)]
             for first, last in pairwise(cuts):
-                if served[first] and not self._add(reader, batch, first, last):
-                    rest = slice(first, None)
-                    reader.waiting[0] = Batch(
-                        batch.step[rest],
-                        batch.phase[rest],
-                        batch.version[rest],
-                        batch.tokens[rest],
-                        batch.counts[rest],
-                        0,
-                    )
+                if counts[first] and not self._add(reader, batch, first, last):
+                    reader.waiting[0] = batch.part(slice(first, None))
                     return
                 reader.folded_step = int(batch.step[last - 1])
             reader.waiting.popleft()
 
     def _add(self, reader: _Reader, batch: Batch, first: int, last: int) -> bool:
         """Add records of one window and version; false if it cannot be told yet under which placement they were counted."""
-        placement = None
+        window, placement = int(batch.step[first]) // self.load.steps, None
         if reader.kind is not LoadKind.LOGICAL:
             placement = self._rows.placement_at(int(batch.version[first]))
             if placement is None:
                 return False
-        counts = batch.counts[first:last]
-        small = reader.largest * (last - first) <= _INT32_MAX
-        load = np.add.reduce(counts, axis=0, dtype=np.int32 if small else np.int64)
-        if placement is not None:
-            load = self._folded(reader, load, placement, last - first)
-        window = int(batch.step[first]) // self.load.steps
-        if window not in self._open:
-            if window < self._next_window:
-                return True  # of a rank that was taken for gone: its window is closed
-            self._open[window] = np.zeros((self._spec.num_layers, self._spec.num_experts), dtype=np.int64)
-        self._open[window] += load
+        kind = np.int32 if reader.largest * (last - first) <= _INT32_MAX else np.int64
+        for phase, n, load in _by_phase(batch.counts[first:last], batch.phase[first:last], kind):
+            if placement is not None:
+                load = self._folded(reader, load, placement, n)
+            # else of a rank that was taken for gone: its window is closed
+            if window >= self._next_window:
+                self.phases.add(window, PHASES[phase], load)
         return True
 
     def _folded(
@@ -278,3 +277,18 @@ class Collector:
             reader.unfolded += n
         # rows of unknown layers are empty slots: what was counted there belongs to nobody
         return fold_slots(load.astype(np.int64), rows_LP, self._spec.num_experts)
+
+
+def _by_phase(
+    counts: NDArray[np.int32], phases: NDArray[np.int64], kind: type[np.signedinteger]
+) -> list[tuple[int, int, NDArray[np.signedinteger]]]:
+    """Each phase that there is, its number of records, and their sum."""
+    found, rest = [], np.add.reduce(counts, axis=0, dtype=kind)
+    number = np.bincount(phases)
+    *few, most = np.flatnonzero(number)[np.argsort(number[number > 0])].tolist()
+    for phase in few:
+        # picking records copies them; so the most common phase is what the others leave
+        load = np.add.reduce(counts[phases == phase], axis=0, dtype=kind)
+        rest -= load
+        found.append((phase, int(number[phase]), load))
+    return [*found, (most, int(number[most]), rest)]

@@ -19,10 +19,12 @@ from eplb_async.runtime.collector import Collector
 from eplb_async.runtime.decisions import Decisions
 from eplb_async.runtime.group_view import GroupFacts
 from eplb_async.runtime.messages import ShadowStatus
+from eplb_async.runtime.phase_load import weights_of
 from eplb_async.runtime.planner import PlanProposal, PlanRequest
 from eplb_async.runtime.pool import PolicyPool
 from eplb_async.runtime.publisher import PlanEnd, Publisher
 from eplb_async.runtime.shadow import Shadow
+from eplb_async.runtime.step_costs import StepCosts
 from eplb_async.shm.board import PlanBoard
 from eplb_async.shm.words import AgreementWords, Word
 
@@ -53,12 +55,17 @@ class _Request:
 
 
 class Decider:
-    """The decisions of one incarnation. Its methods are called by the session's task only, except `rebalance`."""
+    """The decisions of one incarnation. Its methods are called by the session's task only, except `rebalance`.
+
+    Attributes:
+        costs: what steps take; goes on when shadow mode is switched.
+    """
 
     def __init__(self, parts: GroupParts, settings: DaemonSettings, first_number: int) -> None:
         """`first_number`: of the first decision; the daemon counts on over incarnations."""
         self._parts = parts
         self.paused = False
+        self.costs = StepCosts(parts.words.info.spec, parts.collector.load, parts.publisher)
         self._begin_book(settings, first_number)
         self.wake = asyncio.Event()
         self._requests: list[_Request] = []
@@ -87,6 +94,8 @@ class Decider:
 
     def configure(self, settings: DaemonSettings) -> None:
         """Take new settings."""
+        if weights_of(settings) != weights_of(self._decisions.settings):
+            self.costs.begin_anew()
         if settings.shadow == self._decisions.settings.shadow:
             self._decisions.settings = settings
             return
@@ -158,7 +167,7 @@ class Decider:
         self._target: Publisher | Shadow = self._shadow or parts.publisher
         live = self._shadow.live if self._shadow is not None else parts.publisher
         seen, record = (parts.collector.load, live), (parts.history, first_number)
-        self._decisions = Decisions(facts, seen, settings, record, parts.clock)
+        self._decisions = Decisions(facts, seen, settings, record, parts.clock, self.costs)
 
     def _maybe_start(self, words: Sequence[Word]) -> None:
         self._requests = [request for request in self._requests if not request.answer.done()]

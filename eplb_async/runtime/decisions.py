@@ -30,6 +30,7 @@ from eplb_async.runtime.live_par import LivePar, mean_with_load
 from eplb_async.runtime.load_change import LoadChange
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest
 from eplb_async.runtime.regret import Regret, Revert
+from eplb_async.runtime.step_costs import StepCosts
 from eplb_async.runtime.trigger import TriggerState, decide
 from eplb_async.runtime.windows import LoadWindows, Window
 
@@ -61,6 +62,7 @@ class Decisions:
         settings: DaemonSettings,
         record: tuple[DecisionHistory, int],
         clock: Clock,
+        costs: StepCosts,
     ) -> None:
         """Nothing was decided yet.
 
@@ -70,8 +72,9 @@ class Decisions:
             settings: of the daemon; may be replaced between two looks.
             record: where decisions are written down, and the number of the first.
             clock: for times.
+            costs: what steps take, under the placement that they run with.
         """
-        self.facts, self.settings, self._clock = facts, settings, clock
+        self.facts, self.settings, self._clock, self.costs = facts, settings, clock, costs
         self._windows, self._live = seen
         self._history, self.next_number = record
         self.par_live = self._par_newest = 1.0
@@ -88,10 +91,10 @@ class Decisions:
         ) -> NDArray[np.float64]:
             return par(rank_load(load, rows, facts.spec.topology, share))
 
-        self.life, self.regret = GainLife(par_of), Regret(par_of, facts.spec.num_ranks)
+        self.life, self.regret = GainLife(par_of, settings.window_steps), Regret(par_of, facts.spec.num_ranks)
         self._published: PastPlan | None = None
         self._change, self._decided_with = LoadChange(), settings
-        self._load_change = math.inf
+        self._load_change = self._worth_retrying = math.inf
 
     @property
     def open_number(self) -> int | None:
@@ -109,12 +112,15 @@ class Decisions:
         if new_windows or placement_changed:
             self.par_live = mean_with_load(self._live_par())
         if new_windows:
+            self.costs.look(new_windows)
             self._par_newest = mean_with_load(self._par_of(list(self._windows.kept)[-1:]))
             if self._open is None and self._windows.first_step_of(self._windows.kept[-1][0]) >= self._since_step:
                 self._par_reached = min(self._par_reached, self._par_newest)
             self._measure()
             if self.settings.least_change:
                 self._load_change = self._change.since(self._windows.kept)
+                if self._load_change >= self.settings.least_change:
+                    self._change.changed()
             for window in list(self._windows.kept)[-new_windows:]:
                 self.life.window(window[1])
                 self._judge_past(window)
@@ -140,8 +146,7 @@ class Decisions:
                 par_newest=self._par_newest,
                 par_reached=self._par_reached,
                 par_drift=self.settings.par_drift,
-                # with other settings, other things pay
-                load_change=self._load_change if self._decided_with == self.settings else math.inf,
+                load_change=self._load_change if self._is_settled() else math.inf,
                 least_change=self.settings.least_change,
             )
         )
@@ -193,11 +198,17 @@ class Decisions:
             logger.error("group %s: decision %d failed: %s", self.facts.group, opened.number, result)
             self.finish(outcome=Outcome.FAILED, why=str(result), decide_s=decide_s)
             return None
-        decision = self._history.change(opened.number, decide_s=decide_s, **_numbers(result, opened.loaded_L))
-        if not result.entries or dry_run:
+        time = self.costs.predicted(result) if result.entries else {}
+        decision = self._history.change(opened.number, decide_s=decide_s, **_numbers(result, opened.loaded_L), **time)
+        refusal = ""
+        if self.settings.weigh_time and opened.may_revert:  # what was shown to be better needs no gain
+            life_steps = self._expected_life() * self.settings.window_steps
+            refusal = self.costs.refusal(time, life_steps, self.regret.trust)
+        if not result.entries or dry_run or refusal:
             if not dry_run:
-                self._decided_on(result)
-            self.finish(outcome=Outcome.DRY_RUN if result.entries else Outcome.NOTHING_PAYS, why=result.why)
+                self._decided_on(result, is_refused=bool(refusal))
+            outcome = Outcome.DRY_RUN if result.entries and dry_run else Outcome.NOTHING_PAYS
+            self.finish(outcome=outcome, why=refusal or result.why)
             return None
         return Plan(
             incarnation=self.facts.incarnation,
@@ -227,6 +238,7 @@ class Decisions:
             before_share_NP=None if share_LP is None else share_LP[layers],
         )
         if self._open is not None:
+            self.costs.publish(self._open.number)
             self._history.change(self._open.number, outcome=Outcome.PUBLISHED, why=proposal.why)
 
     def follow_end(self, ended: PlanOutcome, newest_step: int) -> None:
@@ -239,6 +251,7 @@ class Decisions:
         if not ended.finished:
             self._change.forget()
             self._load_change = math.inf
+            self.costs.leave_out(newest_step)
         if ended.finished and (plan := self._published) is not None:
             share_LP = self._live.dispatch.share_LP
             plan.after_NP = self._live.rows_LP[plan.layers]
@@ -290,10 +303,20 @@ class Decisions:
             min_gain=settings.min_gain / trust,
             capacity=facts.capacity,
             budget_bytes=int(self._budget_bytes) if settings.bytes_per_step else None,
-            price=settings.move_cost / max(self.life.windows * settings.window_steps, 1.0) / trust,
+            price=settings.move_cost / max(self._expected_life() * settings.window_steps, 1.0) / trust,
             confidence=settings.confidence / trust,
             fitted_memory=settings.memory == "fitted",
         )
+
+    def _expected_life(self) -> float:
+        """Windows that gains are expected to live: as past ones did, and at least as long as the traffic that is known to stay."""
+        if not self.settings.least_change or not self._windows.kept:
+            return self.life.windows
+        return max(self.life.windows, float(self._change.stayed(self._windows.kept[-1][0])))
+
+    def _is_settled(self) -> bool:
+        """False where the same load may be decided on otherwise: with other settings, other things pay, and so they do once load has stayed for long."""
+        return self._decided_with == self.settings and self._expected_life() < self._worth_retrying
 
     def _revert_request(self, generation: int, revert: Revert) -> PlanRequest:
         """Back to rows that were better, as far as they are on the windows since: what was shown needs no price."""
@@ -318,20 +341,23 @@ class Decisions:
                 gain_noise=round(verdict.noise, 4),
                 trust_after=round(verdict.trust, 4),
                 verdict=verdict.text,
+                **self.costs.realised(verdict.number, verdict.first_step, settings.regret_windows),
             )
             logger.info(
                 "group %s: decision %d %s; trust %.2f", self.facts.group, verdict.number, verdict.text, verdict.trust
             )
 
-    def _decided_on(self, proposal: PlanProposal) -> None:
+    def _decided_on(self, proposal: PlanProposal, *, is_refused: bool = False) -> None:
         """While load stays as it was in the windows of this proposal, there is nothing to decide again, if that was all there was to gain."""
         kept, self._decided_with = list(self._windows.kept), self.settings
         gain = sum(proposal.par_before_L) - sum(proposal.par_after_L)
         unsure = proposal.uncertain > gain and proposal.num_windows < self.settings.num_windows
         if proposal.num_left_out or unsure or not kept:
-            self._change.forget()
+            self._change.undecided(kept[-1][0] if kept else -1)
         else:
             self._change.decided(kept[-proposal.num_windows :], kept[-1][0])
+        # else traffic that stays might be left as it is for ever: with each retry, half the price
+        self._worth_retrying = math.inf if proposal.entries and not is_refused else 2 * self._expected_life()
         self._load_change = self._change.since(kept)
 
     def _measure(self) -> None:

@@ -21,9 +21,9 @@ MOST_FOLLOWED = 8
 """Plans that are followed at once; where they come faster, some are not."""
 KEPT = 0.9
 """Weight of a plan relative to the one after it."""
-PRIOR_LEFT, PRIOR_PLANS = 0.9, 1.0
-"""What a window leaves of a gain before anything is known, and how many plans that counts as: a life of 9 windows. Longer ones spend too much on
-the first windows, which may be odd (docs/log.md)."""
+PRIOR_STEPS, PRIOR_PLANS = 450, 1.0
+"""Life of a gain before anything is known, and how many plans that counts as. In steps, so that a first plan has the same price whatever steps are summed
+into a window. Longer lives spend too much on the first windows, which may be odd (docs/log.md)."""
 LEAST_LEFT, MOST_LEFT = 0.0, 0.97
 """Bounds of what a window leaves of a gain, for ages that were not seen: 0.97 is a life of 33 windows."""
 
@@ -44,11 +44,12 @@ class PastPlan:
 class GainLife:
     """The life of past gains. Pure but for its memory."""
 
-    def __init__(self, par_of: Callable[..., NDArray[np.float64]]) -> None:
-        """`par_of(load [n, E], rows [n, P], shares [n, P] or None)`: PAR per layer."""
+    def __init__(self, par_of: Callable[..., NDArray[np.float64]], window_steps: int) -> None:
+        """`par_of(load [n, E], rows [n, P], shares [n, P] or None)`: PAR per layer. `window_steps`: steps of a window."""
         self._par_of = par_of
         self._followed: list[PastPlan] = []
-        prior = PRIOR_LEFT ** np.arange(1, AGES + 1)
+        # shares q, q^2, ... of a gain are left after 1, 2, ... windows: a life of q / (1 - q)
+        prior = (PRIOR_STEPS / (PRIOR_STEPS + window_steps)) ** np.arange(1, AGES + 1)
         self._left_A, self._of_A = PRIOR_PLANS * prior, np.full(AGES, PRIOR_PLANS)
 
     def follow(self, plan: PastPlan) -> None:

@@ -22,10 +22,12 @@ __all__ = [
     "AnswerError",
     "AnswerLine",
     "Call",
+    "CostStatus",
     "DaemonStatus",
     "GroupStatus",
     "History",
     "Pause",
+    "PhaseStatus",
     "PlanProgress",
     "RankStatus",
     "Rebalance",
@@ -110,7 +112,8 @@ class AnswerLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: `state` of its member line in lower case, or "gone"; counters as (generation, position)."""
+    """One rank: `state` of its member line in lower case, or "gone"; counters as (generation, position). `budget_bytes`: that a step of it may begin to
+    pull now; `pauses`, `slowdowns`: of its pulls since it attached."""
 
     rank: int
     pid: int
@@ -123,6 +126,9 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
     missed: int
     damaged: int
     unfolded: int
+    budget_bytes: int = 0
+    pauses: int = 0
+    slowdowns: int = 0
 
 
 class PlanProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,9 +153,42 @@ class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
     bytes_moved: int
 
 
+class CostStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step costs, fitted from the windows with step times: see core/cost.py. `known`: whether plans are weighed by it; the mean step in
+    milliseconds, and of it the fixed part, experts' tokens with their standard error, pulled bytes and commits."""
+
+    windows: int
+    known: bool
+    step_ms: float
+    fixed_ms: float
+    tokens_ms: float
+    tokens_error_ms: float | None
+    pulls_ms: float
+    commits_ms: float
+
+
+class PhaseStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of one phase, whether placement serves it or not.
+
+    Fields:
+        phase: prefill, decode or mixed.
+        weight: what one of its tokens counts in the windows that placement serves.
+        steps, tokens: of all ranks of this node together, since the daemon found the group.
+        windows: those of the newest that have such steps.
+        par_live: mean PAR of these under the live placement, over layers with load; None without any.
+    """
+
+    phase: str
+    weight: float
+    steps: int
+    tokens: int
+    windows: int
+    par_live: float | None
+
+
 class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One group. `state`: "joining", "serving", "paused" or "ended"; `problems` are sentences for people; `serves`: see DaemonSettings.serve;
-    `phases`: steps of each phase, counted by each rank of this node."""
+    `phases`: steps of each phase, counted by each rank of this node; `phase_loads`: those with traffic; `cost`: None before the first fit."""
 
     group: str
     incarnation: int
@@ -161,11 +200,13 @@ class GroupStatus(msgspec.Struct, frozen=True, kw_only=True):
     window_steps: int = 0
     serves: str = "all"
     phases: dict[str, int] = {}
+    phase_loads: tuple[PhaseStatus, ...] = ()
     lost_records: int = 0
     generation: int = 0
     plan: PlanProgress | None = None
     planning: bool = False
     shadow: ShadowStatus | None = None
+    cost: CostStatus | None = None
     decisions: tuple[Decision, ...] = ()
 
 

@@ -39,6 +39,8 @@ class Outlook:
         moves_L: layers that get their target's row.
         refits_L: others, which get new dispatch only.
         uncertain: PAR, summed over layers that would move but for the sampling noise of so few tokens.
+        num_uncertain: those layers.
+        num_dear: layers that gain enough, and not what their moves cost.
     """
 
     target_LP: IntArray
@@ -50,6 +52,8 @@ class Outlook:
     moves_L: NDArray[np.bool_]
     refits_L: NDArray[np.bool_]
     uncertain: float = 0.0
+    num_uncertain: int = 0
+    num_dear: int = 0
 
     @property
     def after_L(self) -> FloatArray:
@@ -91,7 +95,9 @@ def outlook_of(request: PlanRequest, target_LP: IntArray) -> Outlook:
     noise_L = (
         np.zeros(len(live_LP)) if not request.confidence else sampling_noise(windows_TLE, before_L + target_L, topology)
     )
-    moves_L &= (share_L > 0) & (gain_L >= request.price * share_L)
+    moves_L &= share_L > 0
+    dear_L = moves_L & (gain_L < request.price * share_L)
+    moves_L &= ~dear_L
     uncertain_L = moves_L & (gain_L - request.confidence * noise_L < request.price * share_L)
     moves_L &= ~uncertain_L
     return Outlook(
@@ -104,6 +110,8 @@ def outlook_of(request: PlanRequest, target_LP: IntArray) -> Outlook:
         moves_L=moves_L,
         refits_L=~moves_L & (renew_L | pays(before_L - stay_L)),
         uncertain=float(gain_L[uncertain_L].sum()),
+        num_uncertain=int(uncertain_L.sum()),
+        num_dear=int(dear_L.sum()),
     )
 
 

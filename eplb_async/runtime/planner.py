@@ -110,7 +110,7 @@ def choose_entries(request: PlanRequest, target_LP: IntArray, state: bytes) -> P
         generation=request.generation,
         entries=entries,
         layers=layers,
-        why=_why(chosen, cut, outlook, request.min_gain),
+        why=_why(chosen, cut, outlook, request),
         par_before_L=outlook.before_L.tolist(),
         par_after_L=after_L.tolist(),
         num_moves=sum(change.num_moves for change in chosen),
@@ -197,13 +197,25 @@ def _bytes_between_ranks(change: _Layer, request: PlanRequest) -> int:
     return crossing * request.slot_bytes[change.layer]
 
 
-def _why(chosen: list[_Layer], cut: int, outlook: Outlook, min_gain: float) -> str:
+def _why(chosen: list[_Layer], cut: int, outlook: Outlook, request: PlanRequest) -> str:
     # also of layers that do not pay
     least_L = np.minimum(outlook.stay_L, outlook.target_L)
     best = float(((outlook.before_L - least_L) / outlook.before_L).max(initial=0.0))
     if not chosen and not cut:
-        return f"the best layer's PAR would fall by {best:.1%}, needed are {min_gain:.1%}"
+        if request.price and (outlook.target_LP == request.placement.unpack()).all():
+            return "the policy found no move that is worth what it costs (daemon.move_cost)"
+        return f"the best layer's PAR would fall by {best:.1%}, {_refused(outlook, request)}"
     refitted = sum(bool(outlook.refits_L[change.layer]) for change in chosen)
     tables = f", {refitted} of them by dispatch tables alone" if refitted else ""
     left = f", {cut} more do not fit the board or the budget" if cut else ""
     return f"{len(chosen)} of {len(outlook.before_L)} layers pay{tables} (best: PAR falls by {best:.1%}){left}"
+
+
+def _refused(outlook: Outlook, request: PlanRequest) -> str:
+    """Why no layer pays: who has set one thing only has to learn which setting holds it back."""
+    reasons = []
+    if outlook.num_dear:
+        reasons.append(f"{outlook.num_dear} layers gain less than their moves cost (daemon.move_cost)")
+    if outlook.num_uncertain:
+        reasons.append(f"{outlook.num_uncertain} gain no more than may be sampling noise (daemon.confidence)")
+    return " and ".join(reasons) if reasons else f"needed are {request.min_gain:.1%}"

@@ -39,6 +39,7 @@ class Verdict:
 
     Fields:
         number: of the decision.
+        first_step: that its windows begin with, at least.
         predicted, realised, noise: gain, and the standard deviation of the realised one.
         harmed: layers that would be better off with their rows before.
         trust: from now on.
@@ -46,6 +47,7 @@ class Verdict:
     """
 
     number: int
+    first_step: int
     predicted: float
     realised: float
     noise: float
@@ -164,6 +166,7 @@ class Regret:
             )
         return Verdict(
             number=trial.number,
+            first_step=trial.first_step,
             predicted=predicted,
             realised=realised,
             noise=noise,

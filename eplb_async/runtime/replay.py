@@ -6,7 +6,8 @@
     ranks                ReplayRanks: pacing, staging, lag, one commit a step
 
 The clock is the sum of the steps' times, so nothing depends on this machine. A step takes, summed over layers, `token_us` for each token of
-the busiest rank, and `fixed_us`; transfers run beside it; a commit holds it up for `stall_us`.
+the busiest rank, and `fixed_us`; transfers run beside it, or make it longer by `mib_us`; a commit holds it up for `stall_us`. These times go into
+windows, and so into the fit that decisions weigh (StepCosts), as those of real steps do.
 
 In the daemon a decision may begin at any look. Here it begins at the end of a window, where there is something new to decide on.
 """
@@ -18,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_async.core.config import Settings
+from eplb_async.core.cost import StepCost
 from eplb_async.core.errors import EplbError
 from eplb_async.core.placement import initial_placement
-from eplb_async.core.plan import Plan
+from eplb_async.core.plan import Plan, counter
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import DecisionHistory, Outcome
 from eplb_async.observability.replay_report import ReplayReport
@@ -30,6 +32,8 @@ from eplb_async.runtime.modelled_live import ModelledLive
 from eplb_async.runtime.planner import PlanProposal, make_plan
 from eplb_async.runtime.replay_ranks import ReplayRanks
 from eplb_async.runtime.replay_trace import Spans, StretchedTrace
+from eplb_async.runtime.step_costs import StepCosts
+from eplb_async.runtime.step_times import WindowTimes
 from eplb_async.runtime.windows import LoadWindows
 from eplb_async.shm.board import plan_capacity
 
@@ -47,6 +51,7 @@ class ReplayCosts:
         fixed_us: rest of a step.
         bytes_per_us: that each rank receives beside the forward.
         stall_us: by which a commit holds its step up.
+        mib_us: by which each MiB that is pulled, by all ranks together, makes its step longer.
         decide_us: from a trigger to the proposal.
     """
 
@@ -55,6 +60,7 @@ class ReplayCosts:
     bytes_per_us: float = 50_000.0
     stall_us: float = 50.0
     decide_us: float = 50_000.0
+    mib_us: float = 0.0
 
 
 class _Clock:
@@ -101,11 +107,19 @@ class Replay:
         )
         self._facts, self._history = facts, DecisionHistory(1 << 30)
         self._windows = LoadWindows((spec.num_layers, spec.num_experts), daemon.window_steps, daemon.num_windows)
-        self._decisions = Decisions(facts, (self._windows, self._live), daemon, (self._history, 0), self._clock)
+        self._decisions = Decisions(
+            facts,
+            (self._windows, self._live),
+            daemon,
+            (self._history, 0),
+            self._clock,
+            StepCosts(spec, self._windows, self._live),
+        )
         self._decisions.look(0, 0, False)
         self._ranks = ReplayRanks(spec.num_ranks, staging_rows, hook, costs.bytes_per_us)
         self._initial_LER = self._live.part_LER.copy()
         self._open_LE = np.zeros((spec.num_layers, spec.num_experts), dtype=np.int64)
+        self._open_us, self._open_bytes, self._open_versions = 0.0, 0, [(0, 0)]
         self._generation, self._step = 1, 0
         self._proposal: PlanProposal | EplbError | None = None
         self._proposal_due_us = self._published_s = 0.0
@@ -134,6 +148,11 @@ class Replay:
             self._open_LE += spans.total_KLE[part].sum(axis=0)
             self._look()
             first += num
+
+    @property
+    def cost(self) -> StepCost | None:
+        """What decisions know of the time of steps."""
+        return self._decisions.costs.cost
 
     @property
     def rows_LP(self) -> NDArray[np.int32]:
@@ -172,7 +191,8 @@ class Replay:
 
     def _run(self, first_KLE: NDArray[np.int64], every: int) -> None:
         """Spans, of which only the last may see a commit: then there is only one."""
-        stall_us = self._commit()
+        begun_us = self._clock.now_us
+        stall_us = self._commit(0)
         load_LKE = first_KLE.transpose(1, 0, 2).astype(np.float64)
         load_LKR = load_LKE @ self._live.part_LER
         peak_LK, mean_LK = load_LKR.max(axis=2), load_LKE.sum(axis=2) / self._spec.num_ranks
@@ -186,30 +206,41 @@ class Replay:
         self._clock.now_us += float(step_us_K.sum())
         rest = every - 1
         while rest and self._ranks.busy:
-            stall_us += self._commit()
+            stall_us += self._commit(every - rest)
             self._clock.now_us += float(step_us_K[-1])
             rest -= 1
         self._clock.now_us += float(step_us_K.sum()) * rest
         self._step += len(first_KLE) * every
         self._stall_us += stall_us
         self._clock.now_us += stall_us
+        self._open_us += self._clock.now_us - begun_us
 
-    def _commit(self) -> float:
-        """A step begins; by how much a commit holds it up."""
-        if self._plan is None or (entry := self._ranks.step(self._clock.now_us)) is None:
+    def _commit(self, ahead: int) -> float:
+        """A step begins, so many ahead of the last that were counted; by how much a commit and pulls make it longer."""
+        if self._plan is None:
             return 0.0
+        before = self._ranks.bytes_pulled
+        entry = self._ranks.step(self._clock.now_us)
+        pulled = self._ranks.bytes_pulled - before
+        self._open_bytes += pulled
+        longer_us = self._costs.mib_us * pulled / (1 << 20)
+        if entry is None:
+            return longer_us
         self._position += 1
         assert entry is self._plan.entries[self._position - 1]
         self._live.commit(self._plan, self._position)
-        return self._costs.stall_us
+        at = (self._step + ahead) % self._windows.steps
+        self._open_versions.append((at, counter(self._plan.generation, self._position)))
+        return longer_us + self._costs.stall_us
 
     def _look(self) -> None:
         """What the daemon does when it looks at the group."""
         window, rest = divmod(self._step, self._windows.steps)
         new = 0
         if not rest:
-            new = int(self._windows.add(window - 1, self._open_LE))
+            new = int(self._windows.add(window - 1, self._open_LE, self._times()))
             self._open_LE = np.zeros_like(self._open_LE)
+            self._open_us, self._open_bytes, self._open_versions = 0.0, 0, [(0, self._open_versions[-1][1])]
         ended = self._plan is not None and not self._ranks.busy
         if ended and self._plan is not None:
             since_s = self._clock.monotonic_s() - self._published_s
@@ -222,6 +253,18 @@ class Replay:
             self._publish()
         elif new and (trigger := self._decisions.due()):
             self._begin(trigger)
+
+    def _times(self) -> WindowTimes:
+        """Of the window that is complete."""
+        steps = self._windows.steps
+        return WindowTimes(
+            num_steps=steps,
+            num_timed=steps,
+            step_us=self._open_us / steps,
+            pulled_bytes=self._open_bytes,
+            num_commits=len(self._open_versions) - 1,
+            versions=tuple(self._open_versions),
+        )
 
     def _begin(self, trigger: str) -> None:
         request = self._decisions.begin(trigger, self._generation)

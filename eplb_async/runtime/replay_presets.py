@@ -1,39 +1,28 @@
 """Configurations of a replay: settings files, and some that have names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eplb_async.core.config import Settings, load_settings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.errors import ConfigError, UnknownName
 
 __all__ = ["PRESETS", "configurations"]
 
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, Mapping[str, Any]] = {
     # vLLM's defaults: the load of 1000 steps, every 3000 steps, all layers, whatever that gains
     "vllm": {
-        "policy": "default",
+        **EAGER,
         "window_steps": 1000,
         "num_windows": 1,
         "interval_steps": 3000,
         "par_threshold": 1.0,
         "min_gain": 0.0,
     },
-    # chosen by replay (docs/log.md)
-    "ours": {
-        "policy": "frontier",
-        "policy_options": {"price": 0.0},
-        "window_steps": 50,
-        "num_windows": 16,
-        "interval_steps": 100,
-        "par_drift": 0.05,
-        "min_gap_steps": 50,
-        "move_cost": 1000.0,
-        "confidence": 1.0,
-        "memory": "fitted",
-        "least_change": 2.0,
-    },
-    "still": {"par_threshold": 1e9},
+    # the settings as they are by default
+    "ours": {},
+    "still": {**EAGER, "par_threshold": 1e9},
 }
 """Settings of the table `daemon` by name: vLLM's schedule, what we recommend, and a daemon that never moves anything."""
 

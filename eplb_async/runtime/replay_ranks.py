@@ -37,7 +37,11 @@ class _Rank:
 
 
 class ReplayRanks:
-    """All ranks of a group, for one plan after the other."""
+    """All ranks of a group, for one plan after the other.
+
+    Attributes:
+        bytes_pulled: whose copies were issued, by all ranks.
+    """
 
     def __init__(self, num_ranks: int, staging_rows: int, settings: HookSettings, bytes_per_us: float) -> None:
         """`bytes_per_us`: that one rank receives."""
@@ -49,6 +53,7 @@ class ReplayRanks:
         self._previous: list[int] = []
         self._committed = 0
         self._words: deque[int] = deque()
+        self.bytes_pulled = 0
 
     @property
     def busy(self) -> bool:
@@ -104,6 +109,7 @@ class ReplayRanks:
                     return
                 rank.link_free_us = max(rank.link_free_us, now_us) + size / self._bytes_per_us
                 rank.coming.append((rank.link_free_us, rank.position))
+                self.bytes_pulled += size
                 rank.waiting, copies, left, spent = rank.waiting - 1, copies - 1, left - size, True
             if rank.waiting:
                 return

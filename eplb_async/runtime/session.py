@@ -24,6 +24,7 @@ from eplb_async.observability.history import DecisionHistory
 from eplb_async.runtime.collector import READ_AT_ONCE, Collector, RingStatistics
 from eplb_async.runtime.decider import Decider, GroupParts
 from eplb_async.runtime.messages import GroupStatus, PlanProgress, RankStatus
+from eplb_async.runtime.phase_load import weights_of
 from eplb_async.runtime.pool import PolicyPool
 from eplb_async.runtime.publisher import Publisher
 from eplb_async.runtime.watchdog import gone_ranks, late_plan
@@ -89,7 +90,7 @@ class GroupSession:
         settings = context.settings
         sizes = (settings.window_steps, settings.num_windows)
         self.collector = Collector(info.spec, rings, self.publisher.rows, sizes)
-        self.collector.serve(settings.serve)
+        self.collector.serve(weights_of(settings))
         parts = GroupParts(
             words=words,
             board=board,
@@ -124,7 +125,7 @@ class GroupSession:
         self._settings = settings
         self.decider.configure(settings)
         self.collector.resize(settings.window_steps, settings.num_windows)
-        self.collector.serve(settings.serve)
+        self.collector.serve(weights_of(settings))
 
     async def close(self, why: str) -> None:
         """Drop all mappings; the ranks go on by themselves. Idempotent."""
@@ -158,12 +159,14 @@ class GroupSession:
             windows=len(self.collector.windows),
             window_steps=self._settings.window_steps,
             serves=self._settings.serve,
-            phases=self.collector.phases,
+            phases=self.collector.phases.steps,
+            phase_loads=self.collector.phase_status(self.publisher),
             lost_records=sum(ring.num_lost for ring in rings),
             generation=generation_of(self.publisher.committed),
             plan=self._plan_progress(),
             planning=self.decider.planning,
             shadow=self.decider.shadow_status(),
+            cost=self.decider.costs.status(),
             decisions=tuple(self._history.newest(STATUS_DECISIONS)),
         )
 
@@ -297,4 +300,7 @@ def _rank_status(rank: int, member: Member, word: Word, ring: RingStatistics, go
         missed=ring.num_missed,
         damaged=ring.num_damaged,
         unfolded=ring.num_unfolded,
+        budget_bytes=ring.pace[0],
+        pauses=ring.pace[1],
+        slowdowns=ring.pace[2],
     )

@@ -197,7 +197,7 @@ define i64 @repeat_step(i64 %block) {
 }
 
 ; Claims the next record of a load ring; see ring.py. block: 0 address of `reserved`, 1 first record, 2 bytes of one, 3 how many,
-; 4 records finished so far, 5 to 8 the record's fields. Returns its address.
+; 4 records finished so far, 5 to 10 the record's fields. Returns its address.
 define i64 @claim_record(i64 %block) {
   %reserved = call i64 @field(i64 %block, i64 0)
   %first = call i64 @field(i64 %block, i64 1)
@@ -213,10 +213,14 @@ define i64 @claim_record(i64 %block) {
   %phase = call i64 @field(i64 %block, i64 6)
   %version = call i64 @field(i64 %block, i64 7)
   %tokens = call i64 @field(i64 %block, i64 8)
+  %previous = call i64 @field(i64 %block, i64 9)
+  %pulled = call i64 @field(i64 %block, i64 10)
   call void @set_field(i64 %record, i64 0, i64 %step)
   call void @set_field(i64 %record, i64 1, i64 %phase)
   call void @set_field(i64 %record, i64 2, i64 %version)
   call void @set_field(i64 %record, i64 3, i64 %tokens)
+  call void @set_field(i64 %record, i64 4, i64 %previous)
+  call void @set_field(i64 %record, i64 5, i64 %pulled)
   ret i64 %record
 }
 define private i1 @equal_fields(i64 %block, i64 %one, i64 %two) alwaysinline {

@@ -16,10 +16,13 @@ from eplb_async.core.config import (
     HookSettings,
     IntegrationSettings,
     Settings,
+    daemon_variables,
     load_settings,
     policy_cache,
 )
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.errors import ConfigError
+from eplb_async.policies.registry import BUILT_IN, check_choice
 
 EXAMPLE = """
 runtime_dir = "/run/file"
@@ -48,10 +51,30 @@ def test_defaults_without_file_and_environment() -> None:
     assert settings == Settings()
     assert (settings.hook.lag, settings.hook.history, settings.hook.verify) == (2, 64, "all")
     assert (settings.daemon.policy, settings.daemon.policy_options, settings.daemon.exit_when_idle_s) == (
-        "default",
+        "frontier",
         {},
         0,
     )
+
+
+@pytest.mark.parametrize("policy", sorted(BUILT_IN))
+def test_a_policy_alone_is_enough(policy: str) -> None:
+    """No default belongs to one policy only: its name is all that a user has to set."""
+    settings = load_settings(None, {"EPLB_ASYNC_DAEMON_POLICY": policy})
+    check_choice(settings.daemon.policy, settings.daemon.policy_options)
+
+
+def test_a_table_as_variables() -> None:
+    """Every kind of value arrives as it is: text, numbers, inf, options."""
+    daemon = {
+        **EAGER,
+        "policy_options": {"seed": 3},
+        "window_steps": 7,
+        "plan_deadline_s": float("inf"),
+        "shadow": True,
+    }
+    assert load_settings(None, daemon_variables(daemon)).daemon == DaemonSettings(**daemon)
+    assert set(EAGER) <= set(DaemonSettings.__struct_fields__)
 
 
 def test_file_goes_over_defaults(file: Path) -> None:
@@ -111,9 +134,17 @@ def test_pair_that_fits_only_together_is_accepted() -> None:
         ("[hook]\nring_records = 1", ["`ring_records` is 1"]),
         ("[hook]\npeer_deadline_s = 0", ["`peer_deadline_s` is 0", "more than 0"]),
         ("[hook]\npeer_deadline_s = nan", ["`peer_deadline_s` is nan"]),
+        ("[hook]\nidle_pull_bytes_per_step = 5", ["`idle_pull_bytes_per_step` is 5", "0 or at least", "67108864"]),
+        ("[hook]\nleast_pull_bytes_per_step = 0", ["`least_pull_bytes_per_step` is 0"]),
+        ("[hook]\npace_tolerance = -0.1", ["`pace_tolerance` is -0.1"]),
         ("[daemon]\npar_threshold = 0.9", ["`par_threshold` is 0.9"]),
         ("[daemon]\npar_threshold = nan", ["`par_threshold` is nan"]),
         ("[daemon]\nmin_gain = -0.1", ["`min_gain` is -0.1"]),
+        ("[daemon]\nprefill_weight = -0.1", ["`prefill_weight` is -0.1"]),
+        ("[daemon]\ndecode_weight = nan", ["`decode_weight` is nan"]),
+        ("[daemon]\nprefill_weight = 1.5", ["(1.5, 1.0)", "the greater of them must be 1"]),
+        ("[daemon]\nprefill_weight = 0.5\ndecode_weight = 0.25", ["(0.5, 0.25)", "must be 1"]),
+        ('[daemon]\nserve = "decode"\nprefill_weight = 0.5', ["`serve` is 'decode'", 'for `serve` "all"']),
         ('[daemon]\nlog_level = "LOUD"', ["'LOUD'", "DEBUG, INFO"]),
         ("[hook\n", ["is not TOML"]),
         ("lag = \x00", ["is not TOML"]),

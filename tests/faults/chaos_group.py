@@ -22,7 +22,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from eplb_async.core.config import child_environment, load_settings, policy_cache
+from eplb_async.core.config import child_environment, daemon_variables, load_settings, policy_cache
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.errors import EplbError
 from eplb_async.core.placement import IntArray, initial_placement
 from eplb_async.runtime.client import ControlClient
@@ -69,6 +70,7 @@ class ChaosGroup:
         self.group, self.directory, self.tally = group, runtime_dir, Tally()
         self.environ = {
             "EPLB_ASYNC_RUNTIME_DIR": str(runtime_dir),
+            **daemon_variables(EAGER),
             "EPLB_ASYNC_DAEMON_WINDOW_STEPS": "10",
             "EPLB_ASYNC_DAEMON_NUM_WINDOWS": "2",
             "EPLB_ASYNC_DAEMON_INTERVAL_STEPS": "25",

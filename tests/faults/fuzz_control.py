@@ -51,9 +51,9 @@ class ControlFuzz:
         self._mutator = Mutator([encode_line(call) for call in CALLS])
         self._every, self._number = every, 0
         self._directory = Path(tempfile.mkdtemp(prefix="eplb-", dir="/tmp"))
-        self._settings = Settings(
-            runtime_dir=str(self._directory), daemon=DaemonSettings(exit_when_idle_s=1e9, log_level="ERROR")
-        )
+        # a policy that needs no minute to compile
+        daemon = DaemonSettings(policy="default", exit_when_idle_s=1e9, log_level="ERROR")
+        self._settings = Settings(runtime_dir=str(self._directory), daemon=daemon)
         self._pid = self._memory = 0
         if every:
             ensure_daemon(self._settings, 60.0)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from eplb_async import MoESpec, RankHook, share_weights
-from eplb_async.core.config import load_settings
+from eplb_async.core.config import daemon_variables, load_settings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.errors import EplbError, PeerError
 from eplb_async.core.placement import IntArray, initial_placement
 from eplb_async.core.plan import generation_of, position_of
@@ -132,6 +133,7 @@ class FaultGroup:
         self.group, self.settings_dir = group, runtime_dir
         self.environ = {
             "EPLB_ASYNC_RUNTIME_DIR": str(runtime_dir),
+            **daemon_variables(EAGER),
             "EPLB_ASYNC_DAEMON_POLICY": policy,
             "EPLB_ASYNC_DAEMON_WINDOW_STEPS": "10",
             "EPLB_ASYNC_DAEMON_NUM_WINDOWS": "2",

@@ -25,7 +25,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from eplb_async import RankHook, share_weights
-from eplb_async.core.config import load_settings, policy_cache
+from eplb_async.core.config import daemon_variables, load_settings, policy_cache
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.placement import initial_placement
 from eplb_async.runtime.client import ControlClient
 from eplb_async.shm.gc import collect_garbage
@@ -120,6 +121,7 @@ def run_soak(group: str, directory: Path, times: tuple[float, float, float], tol
     seconds, every_s, step_s = times
     environ = {
         "EPLB_ASYNC_RUNTIME_DIR": str(directory),
+        **daemon_variables(EAGER),
         "EPLB_ASYNC_DAEMON_WINDOW_STEPS": "50",
         "EPLB_ASYNC_DAEMON_NUM_WINDOWS": "2",
         "EPLB_ASYNC_DAEMON_INTERVAL_STEPS": "150",

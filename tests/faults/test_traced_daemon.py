@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from eplb_async.core.config import DaemonSettings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.plan import Plan, decode_plan, generation_of, position_of
 from eplb_async.core.spec import MoESpec
@@ -31,15 +32,16 @@ __all__: list[str] = []
 SPEC = MoESpec(num_layers=2, num_experts=6, num_ranks=3, num_redundant=3)
 STAGING_ROWS = 2
 SHIFT_STEPS = 40
-DAEMON = DaemonSettings(
-    window_steps=5,
-    num_windows=2,
-    interval_steps=10,
-    par_threshold=1.01,
-    min_gain=0.01,
-    poll_interval_s=0.005,
-    discovery_interval_s=0.02,
-)
+SOON = {
+    "window_steps": 5,
+    "num_windows": 2,
+    "interval_steps": 10,
+    "par_threshold": 1.01,
+    "min_gain": 0.01,
+    "poll_interval_s": 0.005,
+    "discovery_interval_s": 0.02,
+}
+DAEMON = DaemonSettings(**{**EAGER, **SOON})
 
 
 def drifting_step(actor: Actor) -> int:
@@ -150,6 +152,8 @@ def test_killed_daemons_are_a_behaviour_of_the_model(group: str, runtime_dir: Pa
             ensure_daemon(settings, 60)
             watcher.trace += [{"event": "restart"}] if daemon else []
             pid = client.status().pid
+            # steps are counted once there is somebody who could plan; on a busy machine a worker starts slower than ranks step
+            wait_for(lambda: client.status().pool["num_idle"], 60, "a policy worker")
             first = watcher.generation()
             step_until(lambda first=first: watcher.generation() > first + 1)
             newest = max(watcher.plans)

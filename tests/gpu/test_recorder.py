@@ -58,12 +58,14 @@ def test_records_hold_what_was_counted(load: torch.Tensor, recorder: Recorder) -
     load += 5
     recorder.discard(2, 13)
     load += torch.arange(10, device="cuda", dtype=torch.int32).view(2, 5)
-    recorder.record(3, Phase.PREFILL, 14, 9)
+    recorder.record(3, Phase.PREFILL, 14, 9, 900, 64)
     assert not finish(recorder).any()
     batch = recorder.ring.read()
     assert batch.counts.sum(axis=(1, 2)).tolist() == [30, 0, 0, 45]
     assert batch.counts[3].tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert batch.version.tolist() == [11, 12, 13, 14]
+    assert batch.previous_us.tolist() == [0, 0, 0, 900]
+    assert batch.pulled.tolist() == [0, 0, 0, 64]
     assert [PHASES[phase] for phase in batch.phase] == [Phase.DECODE, Phase.DUMMY, Phase.DUMMY, Phase.PREFILL]
 
 

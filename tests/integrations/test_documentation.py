@@ -46,7 +46,7 @@ def test_variables_exist(page: str) -> None:
 def test_additional_configs_load() -> None:
     """What is given to vLLM as --additional-config are settings that say something."""
     found = [json.loads(given)["eplb_async"] for text in TEXTS.values() for given in additional_configs(text)]
-    assert {"daemon": {"policy": "frontier"}} in found
+    assert {"daemon": {"move_cost": 300}} in found
     for given in found:
         assert engine_settings(given) != engine_settings()
 

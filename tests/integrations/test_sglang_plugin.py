@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eplb_async.core.config import daemon_variables
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.placement import expert_to_slots, initial_placement
 from eplb_async.core.spec import MoESpec
 from tests.integrations import sglang_rank
@@ -14,6 +16,8 @@ from tests.rank.harness import RankGroup, hook_settings
 from tests.rank.publisher import Publisher, shuffled
 
 SPEC = MoESpec(num_layers=3, num_experts=6, num_redundant=2, num_ranks=2)
+DAEMON = {**EAGER, "window_steps": 10, "interval_steps": 20, "exit_when_idle_s": 0.5, "poll_interval_s": 0.01}
+VARIABLES: dict[str, Any] = {name.removeprefix("EPLB_ASYNC_"): text for name, text in daemon_variables(DAEMON).items()}
 CASES: dict[str, dict[str, Any]] = {
     "dynamic": {"num_layers": 5, "moe_layers": (2, 3, 4)},
     "static": {"num_layers": 6, "moe_layers": (1, 3, 5), "dispatch": "static", "a2a": "deepep"},
@@ -94,10 +98,7 @@ def test_a_real_daemon_balances(group: str, runtime_dir: Path) -> None:
         engine.start(
             CASES["dynamic"],
             INTEGRATION_DAEMON="auto",
-            DAEMON_WINDOW_STEPS="10",
-            DAEMON_INTERVAL_STEPS="20",
-            DAEMON_EXIT_WHEN_IDLE_S="0.5",
-            DAEMON_POLL_INTERVAL_S="0.01",
+            **VARIABLES,
         )
         for _ in range(600):
             engine.forward(5)

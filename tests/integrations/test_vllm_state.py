@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eplb_async.core.config import Settings
+from eplb_async.core.config import Settings, daemon_variables
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.load import Phase
 from eplb_async.core.placement import expert_to_slots
 from eplb_async.runtime.client import ControlClient
@@ -20,16 +21,20 @@ from tests.rank.publisher import Publisher, shuffled
 
 WHEELS = of_engine("vllm-[0-9]*.whl")
 PARENTS = [None, *WHEELS]
+DAEMON = {
+    **EAGER,
+    "poll_interval_s": 0.01,
+    "discovery_interval_s": 0.05,
+    "exit_when_idle_s": 0.0,
+    "policy": "random",
+    "window_steps": 5,
+    "interval_steps": 10,
+    "par_threshold": 1.0,
+    "min_gain": 0.0,
+}
 REAL = {
     "INTEGRATION_DAEMON": "auto",
-    "DAEMON_POLL_INTERVAL_S": "0.01",
-    "DAEMON_DISCOVERY_INTERVAL_S": "0.05",
-    "DAEMON_EXIT_WHEN_IDLE_S": "0",
-    "DAEMON_POLICY": "random",
-    "DAEMON_WINDOW_STEPS": "5",
-    "DAEMON_INTERVAL_STEPS": "10",
-    "DAEMON_PAR_THRESHOLD": "1",
-    "DAEMON_MIN_GAIN": "0",
+    **{name.removeprefix("EPLB_ASYNC_"): text for name, text in daemon_variables(DAEMON).items()},
 }
 """A daemon that decides soon, and moves something whether that is good or not."""
 

@@ -11,7 +11,7 @@ from eplb_async.core.errors import ConfigError
 from eplb_async.core.placement import initial_placement, replica_count
 from eplb_async.core.score import par, rank_load, windows_par
 from eplb_async.core.spec import MoESpec
-from eplb_async.policies.frontier import FrontierOptions, _disagreement, _noise_par, _normalised, find_frontier
+from eplb_async.policies.frontier import FrontierOptions, _disagreement, _noise_par, _normalised, find_frontier, within
 from eplb_async.policies.registry import run_policy
 from eplb_async.testing import check_policy
 from tests.policies import twins
@@ -229,6 +229,17 @@ def test_budget_is_kept(share: float, price: float) -> None:
     assert moved(planned, live, spec).sum() <= share * live.size
     if share == 0.0:
         np.testing.assert_array_equal(planned, live)
+
+
+@pytest.mark.parametrize(
+    ("option", "told", "least"),
+    [(None, 0.0, 0.1), (None, 0.02, 0.02), (None, 2.0, 2.0), (0.5, 2.0, 2.0), (0.5, 0.02, 0.5)],
+)
+def test_the_planner_says_what_moves_cost(option: float | None, told: float, least: float) -> None:
+    """Without the option the price is the planner's, less than our own too; with it at least the option's; nobody's is 0.1."""
+    assert within(FrontierOptions(price=option), 1.0, told, 1).least_price == least
+    # fewer windows, less of the price: even windows make gains look as much smaller
+    assert within(FrontierOptions(), 1.0, 2.0, 2).least_price == 1.0
 
 
 def test_price_trades_moves_for_balance() -> None:

@@ -51,6 +51,28 @@ def test_a_step_records_its_load_and_zeroes_it(group: str, runtime_dir: Path) ->
     assert (batch.counts == np.arange(1, 4)[:, None, None]).all()
 
 
+def test_a_record_tells_how_long_the_step_before_took(group: str, runtime_dir: Path) -> None:
+    """By the hook's clock, or as the engine measured it; the first step has none before it."""
+    with attached(group, runtime_dir) as (hook, _):
+        for measured in (None, None, 1234.5, 0):
+            with hook.step("decode", last_step_us=measured):
+                time.sleep(2e-3)
+        batch = records(hook)
+    first, clocked, *measured_us = batch.previous_us.tolist()
+    assert (first, measured_us) == (0, [1234, 0])
+    assert 2000 <= clocked < 2_000_000
+    assert not batch.pulled.any()
+
+
+def test_records_tell_what_was_pulled(group: str, runtime_dir: Path) -> None:
+    """All that a plan pulls is told, each byte once."""
+    with attached(group, runtime_dir) as (hook, _):
+        run_plan(hook, Publisher(group, SOLO))
+        batch = records(hook)
+        assert batch.pulled.sum() == hook.statistics().bytes_pulled > 0
+        assert batch.pulled[0] == 0
+
+
 def test_what_a_forward_was_may_be_told_afterwards(group: str, runtime_dir: Path) -> None:
     """`after_forward` replaces what before_forward said, each part for itself; a forward that turns out idle counts nothing."""
     with attached(group, runtime_dir) as (hook, load):

@@ -283,7 +283,7 @@ def test_a_plan_seen_early_is_checked_against_the_maps_it_starts_from(group: str
 def hold_back(actor: Actor, held: bool) -> None:
     """Issue no copies, or go on."""
     if held:
-        vars(actor.hook._parts.stager)["issue"] = lambda all_committed: None
+        vars(actor.hook._parts.stager)["issue"] = lambda all_committed, budget_bytes: 0
     else:
         del vars(actor.hook._parts.stager)["issue"]
 

@@ -41,7 +41,7 @@ def test_records_hold_what_was_counted(group: str) -> None:
     ring = LoadRing.create(Recorder.ring_info(group, 0, load, LoadKind.LOGICAL, 8), incarnation=1)
     recorder = Recorder(load, ring)
     load += 3
-    recorder.record(0, Phase.DECODE, 11, 5)
+    recorder.record(0, Phase.DECODE, 11, 5, 900, 64)
     assert not load.any()
     load += 4
     recorder.record(1, Phase.DUMMY, 12, 0)
@@ -51,6 +51,8 @@ def test_records_hold_what_was_counted(group: str) -> None:
     batch = ring.read()
     assert batch.counts.sum(axis=(1, 2)).tolist() == [24, 0, 0]
     assert batch.version.tolist() == [11, 12, 13]
+    assert batch.previous_us.tolist() == [900, 0, 0]
+    assert batch.pulled.tolist() == [64, 0, 0]
     assert [PHASES[phase] for phase in batch.phase] == [Phase.DECODE, Phase.DUMMY, Phase.DUMMY]
     ring.segment.unlink()
     ring.close()

@@ -45,6 +45,26 @@ def test_at_least_one_row_is_issued(transfer: HeldTransfer) -> None:
     assert len(transfer.pulls) == 1
 
 
+def test_a_smaller_budget_is_kept(transfer: HeldTransfer) -> None:
+    """What pacing grants: whole rows only, none for nothing; a row above the limit goes only for all of it."""
+    stager = stager_of(transfer, pull_bytes_per_step=3 * ROW_BYTES)
+    stager.start(prepared((0, 4)))
+    budgets = (0, ROW_BYTES - 1, ROW_BYTES + 1, 2 * ROW_BYTES)
+    assert [stager.issue(FIRST_COUNTER, budget) for budget in budgets] == [0, 0, ROW_BYTES, 2 * ROW_BYTES]
+    stager.finish()
+    tight = stager_of(transfer, pull_bytes_per_step=ROW_BYTES - 2)
+    tight.start(prepared((0, 4)))
+    assert [tight.issue(FIRST_COUNTER, ROW_BYTES - at) for at in (4, 3, 2)] == [0, 0, ROW_BYTES]
+
+
+def test_entries_without_pulls_need_no_budget(transfer: HeldTransfer) -> None:
+    """A rank that pauses does not hold others up for nothing."""
+    stager = stager_of(transfer)
+    stager.start(prepared((0, 0), (1, 0)))
+    stager.issue(FIRST_COUNTER, 0)
+    assert stager.poll() == (2, None)
+
+
 def test_bytes_in_flight_are_bounded(transfer: HeldTransfer) -> None:
     """What has not ended counts, over steps and entries; at least one row is on its way."""
     stager = stager_of(transfer, pull_bytes_in_flight=2 * ROW_BYTES + 1)

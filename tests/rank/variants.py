@@ -121,8 +121,8 @@ class CountersAtIssue(TracedHook):
 class _OwnCommitted(Stager):
     own: Agreement
 
-    def issue(self, all_committed: int) -> None:
-        super().issue(max(all_committed, self.own.committed))
+    def issue(self, all_committed: int, budget_bytes: int | None = None) -> int:
+        return super().issue(max(all_committed, self.own.committed), budget_bytes)
 
 
 class SameLayerEarly(TracedHook):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from eplb_async.core.config import Settings, load_settings
+from eplb_async.core.config import Settings, daemon_variables, load_settings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.client import ControlClient
 from eplb_async.shm.launch import group_lock_path
@@ -107,18 +108,19 @@ def stand_in(group: str, spec: MoESpec) -> Iterator[Callable[..., StandInGroup]]
 
 @pytest.fixture
 def daemon_settings(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Short windows and a cheap policy, for a daemon in the test's runtime directory; children read the same."""
-    values = {
-        "RUNTIME_DIR": str(runtime_dir),
-        "DAEMON_POLICY": "t-greedy",
-        "DAEMON_WINDOW_STEPS": "10",
-        "DAEMON_NUM_WINDOWS": "3",
-        "DAEMON_INTERVAL_STEPS": "1000000",
-        "DAEMON_POLL_INTERVAL_S": "0.01",
-        "DAEMON_DISCOVERY_INTERVAL_S": "0.02",
+    """Short windows, a cheap policy and moves for any gain, for a daemon in the test's runtime directory; children read the same."""
+    daemon = {
+        **EAGER,
+        "policy": "t-greedy",
+        "window_steps": 10,
+        "num_windows": 3,
+        "interval_steps": 1_000_000,
+        "poll_interval_s": 0.01,
+        "discovery_interval_s": 0.02,
     }
-    for name, value in values.items():
-        monkeypatch.setenv(f"EPLB_ASYNC_{name}", value)
+    monkeypatch.setenv("EPLB_ASYNC_RUNTIME_DIR", str(runtime_dir))
+    for name, value in daemon_variables(daemon).items():
+        monkeypatch.setenv(name, value)
     return load_settings()
 
 

@@ -8,7 +8,9 @@ import json
 import os
 import select
 import sys
+import time
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ __all__ = ["StandInGroup", "StandInOptions", "group_info"]
 class StandInOptions:
     """`stuck`: never stage anything, but obey aborts. `skew`: exponent of the experts' popularity.
 
+    `prefill_times`: tokens of a prefill step over those of others, with the popular experts unpopular and the other way round; 0: as any step.
     `spites`: as soon as a plan is committed, the experts that it has put on rank 0 become the popular ones, for ever.
     """
 
@@ -37,6 +40,7 @@ class StandInOptions:
     stuck: bool = False
     skew: float = 1.0
     spites: bool = False
+    prefill_times: float = 0.0
     incarnation: int = 1
 
 
@@ -89,13 +93,15 @@ class StandInGroup:
         self.plan: Plan | None = None
         self.popularity_E = np.arange(1, spec.num_experts + 1, dtype=np.float64) ** -options.skew
 
-    def load_LE(self, rank: int, tokens: int = 1000) -> NDArray[np.int64]:
+    def load_LE(self, rank: int, tokens: int = 1000, phase: Phase = Phase.DECODE) -> NDArray[np.int64]:
         """Tokens per expert of one rank in one step: popular experts first, the same in every layer."""
         share_E = self.popularity_E / self.popularity_E.sum()
+        if phase is Phase.PREFILL and self.options.prefill_times:
+            share_E = self.options.prefill_times * share_E[::-1]
         return np.tile((share_E * (tokens + rank)).astype(np.int64), (self.info.spec.num_layers, 1))
 
-    def step(self, phase: Phase = Phase.DECODE) -> None:
-        """One step of all ranks: words, decision, plan, forward, record."""
+    def step(self, phase: Phase = Phase.DECODE, previous_us: int = 0) -> None:
+        """One step of all ranks: words, decision, plan, forward, record, which tells what the step before took."""
         for rank in range(self.words.num_ranks):
             digest = NO_PLAN if self.plan is None else 1
             self.words.publish(rank, self.step_number, (self.staged, self.committed, self.error, digest))
@@ -103,7 +109,9 @@ class StandInGroup:
         self._decide()
         self._adopt()
         for rank, ring in enumerate(self.rings):
-            ring.begin(self.step_number, phase, self.decided, 1000)[:] = self._counts(rank)
+            times = self.options.prefill_times if phase is Phase.PREFILL else 0
+            tokens = int(1000 * (times or 1))
+            ring.begin(self.step_number, phase, self.decided, tokens, previous_us)[:] = self._counts(rank, phase)
             ring.publish()
         self.step_number += 1
 
@@ -151,8 +159,8 @@ class StandInGroup:
         if self.plan is not None and not self.options.stuck and self.staged == self.decided:
             self.staged = counter(generation, position_of(self.decided) + 1)
 
-    def _counts(self, rank: int) -> NDArray[np.int64]:
-        load_LE, spec = self.load_LE(rank), self.info.spec
+    def _counts(self, rank: int, phase: Phase) -> NDArray[np.int64]:
+        load_LE, spec = self.load_LE(rank, phase=phase), self.info.spec
         if self.options.kind is LoadKind.LOGICAL:
             return load_LE
         # everything goes to the last slot of its expert: easy to tell which row it was counted under
@@ -167,16 +175,19 @@ class StandInGroup:
 
 
 def main() -> None:
-    """Serve a group until the input ends: {"group", "spec", "step_s", and fields of StandInOptions}."""
+    """Serve a group until the input ends: {"group", "spec", "step_s", "phases" of steps, in turn, and fields of StandInOptions}."""
     arguments = json.loads(sys.argv[1])
     spec = MoESpec(**arguments.pop("spec"))
     info, step_s = group_info(arguments.pop("group"), spec), arguments.pop("step_s", 0.002)
+    phases = cycle(map(Phase, arguments.pop("phases", ["decode"])))
     arguments["kind"] = LoadKind(arguments.get("kind", "logical"))
     group = StandInGroup(info, StandInOptions(**arguments))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    began = time.monotonic()
     while not select.select([0], [], [], step_s)[0]:
-        group.step()
+        before, began = began, time.monotonic()
+        group.step(next(phases), int(1e6 * (began - before)))
     group.close()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eplb_async.core.config import DaemonSettings
 from eplb_async.core.errors import ConfigError, UnknownName
 from eplb_async.runtime.replay_presets import configurations
 
@@ -33,7 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_configurations_side_by_side(trace: Path, tmp_path: Path) -> None:
     """A preset and a file, in JSON, with a picture where matplotlib is; the busier schedule moves more."""
     file, picture = tmp_path / "often.toml", tmp_path / "out.png"
-    file.write_text('[daemon]\npolicy = "default"\nwindow_steps = 10\ninterval_steps = 20\n')
+    file.write_text('[daemon]\npolicy = "default"\nwindow_steps = 10\ninterval_steps = 20\nmove_cost = 0\n')
     shape = ["--ranks", "2", "--slots", "10", "--slot-bytes", "1000"]
     steps = ["--steps-per-window", "100", "--tokens-per-step", "1000", "--seed", "3"]
     more = ["--preset", "still", "--config", str(file), "--json", "--plot", str(picture)]
@@ -73,6 +74,18 @@ def test_examples_are_settings() -> None:
     found = dict(configurations(files, []))
     assert found["vllm"] == configurations([], ["vllm"])[0][1]
     assert found["ours"] == configurations([], ["ours"])[0][1]
+
+
+def test_the_presets_are_what_they_say() -> None:
+    """The schedule of vLLM has nothing of ours, whatever our defaults are; ours are the defaults; the still one never decides."""
+    presets = {name: settings.daemon for name, settings in configurations([], ["vllm", "ours", "still"])}
+    vllm, still = presets["vllm"], presets["still"]
+    assert (vllm.policy, vllm.policy_options) == ("default", {})
+    assert (vllm.window_steps, vllm.num_windows, vllm.interval_steps) == (1000, 1, 3000)
+    assert (vllm.par_threshold, vllm.min_gain, vllm.memory, vllm.bytes_per_step) == (1.0, 0.0, "all", 0)
+    assert (vllm.least_change, vllm.confidence, vllm.move_cost, vllm.weigh_time) == (0.0, 0.0, 0.0, False)
+    assert min(vllm.par_drift, still.par_threshold) >= 1e9
+    assert presets["ours"] == DaemonSettings()
 
 
 def test_names_are_checked() -> None:

@@ -3,15 +3,19 @@
 import logging
 from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from eplb_async.core.clock import SystemClock
+from eplb_async.core.daemon_settings import DaemonSettings
 from eplb_async.core.load import LoadKind, Phase
 from eplb_async.core.plan import Plan, PlanEntry, counter
+from eplb_async.core.score import par, rank_load
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.collector import Collector
+from eplb_async.runtime.phase_load import weights_of
 from eplb_async.runtime.publisher import Publisher
 from eplb_async.runtime.row_history import RowHistory
 from eplb_async.shm.ring import LoadRing
@@ -193,7 +197,8 @@ def test_nonsense_is_counted_and_said_once(
         watched.look()
     assert [ring.num_damaged for ring in watched.collector.statistics()] == [0, 0, 1, 0]
     assert caplog.text.count("damaged record") == 1
-    assert all(load.max() < 10**5 for load in watched.collector._open.values())
+    found = [load.max() for loads in watched.collector.phases._open.values() for load in loads.values()]
+    assert 0 < max(found) < 10**5
 
 
 def test_other_window_length_forgets_the_old_windows(watch: Callable[..., Watched]) -> None:
@@ -231,10 +236,12 @@ def test_records_of_a_placement_that_never_comes_are_given_up(watch: Callable[..
 @pytest.mark.parametrize(
     ("serve", "steps"), [("all", [3, 3, 3]), ("prefill", [2, 3]), ("decode", [2, 2])], ids=["all", "prefill", "decode"]
 )
-def test_windows_hold_the_phases_that_are_served(watch: Callable[..., Watched], serve: str, steps: list[int]) -> None:
+def test_windows_hold_the_phases_that_are_served(
+    watch: Callable[..., Watched], serve: Literal["all", "prefill", "decode"], steps: list[int]
+) -> None:
     """Mixed steps are of both, dummy and profile ones of none; all are told. A window without such a step is left out."""
     watched = watch(num_windows=8)
-    watched.collector.serve(serve)
+    watched.collector.serve(weights_of(DaemonSettings(serve=serve)))
     windows = [
         [Phase.PREFILL, Phase.DECODE, Phase.MIXED, Phase.DUMMY, Phase.PROFILE],
         [Phase.PREFILL, Phase.PREFILL, Phase.PREFILL, Phase.DUMMY, Phase.DUMMY],
@@ -248,8 +255,8 @@ def test_windows_hold_the_phases_that_are_served(watch: Callable[..., Watched], 
     watched.look()
     found = [load_LE // per_step(watched.ranks) for _, load_LE in watched.collector.windows]
     assert [int(times.max()) for times in found] == steps
-    assert watched.collector.phases["prefill"] == 4 * watched.ranks.words.num_ranks
-    assert watched.collector.phases["profile"] == 2 * watched.ranks.words.num_ranks
+    assert watched.collector.phases.steps["prefill"] == 4 * watched.ranks.words.num_ranks
+    assert watched.collector.phases.steps["profile"] == 2 * watched.ranks.words.num_ranks
 
 
 def test_other_phases_begin_new_windows(watch: Callable[..., Watched]) -> None:
@@ -258,11 +265,66 @@ def test_other_phases_begin_new_windows(watch: Callable[..., Watched]) -> None:
     for _ in range(10):
         watched.ranks.step(Phase.DECODE)
     watched.look()
-    watched.collector.serve("all")
+    watched.collector.serve(weights_of(DaemonSettings()))
     assert watched.collector.windows
-    watched.collector.serve("decode")
+    watched.collector.serve(weights_of(DaemonSettings(serve="decode")))
     assert not watched.collector.windows
     for _ in range(12):
         watched.ranks.step(Phase.DECODE)
     assert watched.look() >= 1
     np.testing.assert_array_equal(watched.collector.windows[0][1], 5 * per_step(watched.ranks))
+
+
+def test_windows_know_how_long_their_steps_took(watch: Callable[..., Watched]) -> None:
+    """Mean over the served steps whose time was told; times go with their window, and are forgotten with it."""
+    watched = watch(num_windows=2)
+    for step in range(16):
+        watched.ranks.step(Phase.DECODE, 1000 * step)
+    watched.look()
+    assert list(watched.collector.load.times) == [1, 2]
+    times = watched.collector.load.times[2]
+    # of step 10 the record of step 11 tells
+    assert (times.num_steps, times.num_timed, times.step_us) == (5, 5, 13_000.0)
+    watched.collector.serve(weights_of(DaemonSettings(serve="decode")))
+    assert not watched.collector.load.times
+
+
+@pytest.mark.parametrize("kind", [LoadKind.LOGICAL, LoadKind.GLOBAL_SLOTS])
+def test_a_mix_of_phases_and_each_of_them(watch: Callable[..., Watched], kind: LoadKind) -> None:
+    """Prefill counts a quarter, decode and mixed steps whole; each phase has its own steps, tokens, windows and PAR."""
+    watched = watch(num_windows=2, prefill_times=8.0, kind=kind)
+    ranks, loads = watched.ranks, watched.collector.phases
+    watched.collector.serve(weights_of(DaemonSettings(prefill_weight=0.25)))
+    for phase in (Phase.PREFILL, Phase.DECODE, Phase.DECODE, Phase.PREFILL, Phase.MIXED) * 4:
+        ranks.step(phase)
+    watched.look()
+    of_prefill, of_decode = (
+        np.sum([ranks.load_LE(rank, phase=phase) for rank in range(ranks.words.num_ranks)], axis=0)
+        for phase in (Phase.PREFILL, Phase.DECODE)
+    )
+    expected_LE = 0.25 * 2 * of_prefill + 3 * of_decode
+    for _, load_LE in watched.collector.windows:
+        assert np.abs(load_LE - expected_LE).max() < 1
+    found = {status.phase: status for status in watched.collector.phase_status(watched.publisher)}
+    assert [(status.steps, status.windows) for status in found.values()] == [(32, 2), (32, 2), (16, 2)]
+    assert found["prefill"].tokens == 8 * found["decode"].tokens == 32 * 8000
+    assert [status.weight for status in found.values()] == [0.25, 1.0, 1.0]
+    assert found["decode"].par_live == found["mixed"].par_live
+    assert found["prefill"].par_live == pytest.approx(par_of(ranks, of_prefill))
+    assert found["decode"].par_live == pytest.approx(par_of(ranks, of_decode))
+    assert found["prefill"].par_live != pytest.approx(found["decode"].par_live)
+    # a phase that stops is not live any more
+    for _ in range(15):
+        ranks.step(Phase.DECODE)
+    watched.look()
+    assert {status.phase: status.windows for status in watched.collector.phase_status(watched.publisher)} == {
+        "prefill": 0,
+        "decode": 2,
+        "mixed": 0,
+    }
+    assert loads.steps["prefill"] == 32
+
+
+def par_of(ranks: StandInGroup, load_LE: np.ndarray) -> float:
+    """Mean PAR under the initial placement."""
+    return float(par(rank_load(load_LE, ranks.rows_LP, ranks.info.spec.topology)).mean())

@@ -9,6 +9,8 @@ from eplb_async.runtime.gain_life import AGES, GainLife, PastPlan
 
 __all__: list[str] = []
 
+WINDOW_STEPS = 50
+
 
 def par_of(load_NE: Any, rows_NP: Any, share_NP: Any) -> Any:
     """PAR is the first number of the load for old rows (0) and 1 for new ones."""
@@ -22,7 +24,7 @@ def plan(predicted: float, layers: list[int]) -> PastPlan:
 
 def life_after(gains: list[float], plans: int) -> float:
     """Plans one after the other, each bringing these shares of what was predicted in the windows after it."""
-    life = GainLife(par_of)
+    life = GainLife(par_of, WINDOW_STEPS)
     for _ in range(plans):
         life.follow(plan(2 * 0.5, [0, 2]))
         for gain in gains:
@@ -45,15 +47,22 @@ def test_gains_that_stay_live_long_and_lost_ones_not_at_all() -> None:
 
 def test_nothing_known_yet() -> None:
     """Before the first plan there is a guess, which one plan moves but does not replace."""
-    prior = GainLife(par_of).windows
+    prior = GainLife(par_of, WINDOW_STEPS).windows
     assert 8 < prior < 10
     assert 0.1 * prior < life_after([0.0] * AGES, 1) < 0.6 * prior
     assert life_after([], 1) == prior
 
 
+@pytest.mark.parametrize("window_steps", [30, 50, 100, 1000])
+def test_what_is_guessed_is_the_same_for_all_windows(window_steps: int) -> None:
+    """Some 450 steps, whatever steps are summed into a window; of very short ones, what 16 of them can tell."""
+    assert GainLife(par_of, window_steps).windows * window_steps == pytest.approx(450, rel=0.01)
+    assert 30 < GainLife(par_of, 10).windows < 45
+
+
 def test_plans_that_gain_nothing_are_not_followed() -> None:
     """A plan made for its tables alone has no gain to compare with."""
-    life = GainLife(par_of)
+    life = GainLife(par_of, WINDOW_STEPS)
     life.follow(plan(0.0, [0]))
     before = life.windows
     life.window(np.array([[5.0]]))

@@ -1,11 +1,13 @@
 """Load has changed when it differs by more than its own scatter."""
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
 
 from eplb_async.runtime.load_change import LoadChange, load_change
+from eplb_async.runtime.windows import Window
 
 __all__: list[str] = []
 
@@ -50,7 +52,7 @@ def test_other_traffic_is_told_apart_at_once_and_a_slow_change_in_time() -> None
 
 
 def test_what_counts_as_since() -> None:
-    """Unknown before a decision and once it is forgotten; 0 without newer windows; the newest alone can tell."""
+    """Unknown before a decision, once it is forgotten, and with a window after one that settled nothing; 0 without newer windows; the newest alone can tell."""
     rng, change = np.random.default_rng(3), LoadChange()
     kept = [(at, load) for at, load in enumerate(windows(rng, SHARE_LE, 16).astype(np.int64))]
     assert change.since(kept) == math.inf
@@ -61,3 +63,27 @@ def test_what_counts_as_since() -> None:
     assert change.since([*kept, odd]) > 50
     change.forget()
     assert change.since(kept) == math.inf
+    assert change.stayed(20) == 0
+    change.decided(kept[:4], 5)
+    change.decided(kept[8:], 15)
+    assert change.stayed(15) == 16
+    change.changed()
+    assert change.stayed(15) == 0
+    change.undecided(15)
+    assert change.since(kept) == 0.0
+    assert change.since([*kept, odd]) == math.inf
+
+
+def test_kept_up_window_by_window_it_is_the_same() -> None:
+    """Windows come, and go once there are as many as are kept: the same number as from all of those that are left."""
+    rng, change, kept = np.random.default_rng(4), LoadChange(), deque[Window](maxlen=6)
+    before, decided_at = np.empty(0), 99
+    for at, load in enumerate(windows(rng, SHARE_LE, 20, 0.3).astype(np.int64)):
+        kept.append((at, load))
+        if at in (3, 12):
+            before = np.array([load_LE for _, load_LE in kept])
+            change.decided(list(kept), decided_at := at)
+        elif at > decided_at:
+            new = np.array([load_LE for index, load_LE in kept if index > decided_at])
+            expected = max(load_change(before, new), load_change(before, new[-1:]))
+            assert change.since(kept) == pytest.approx(expected, rel=1e-9)

@@ -249,6 +249,19 @@ def test_nothing_pays_says_so_with_numbers() -> None:
     assert "needed are 90.0%" in proposal.why
 
 
+def test_nothing_pays_names_what_holds_it_back() -> None:
+    """Moves that cost more than they bring, and gains within the noise, are told with the setting that says so."""
+    windows_TLE, live_LP, target_LP = one_hot_layers()
+    dear = choose_entries(request_for(windows_TLE, live_LP, price=100.0), target_LP, b"")
+    assert dear.entries == []
+    assert "2 layers gain less than their moves cost (daemon.move_cost)" in dear.why
+    none = choose_entries(request_for(windows_TLE, live_LP, price=1.0), live_LP, b"")
+    assert none.why == "the policy found no move that is worth what it costs (daemon.move_cost)"
+    unsure = choose_entries(request_for(windows_TLE, live_LP, confidence=1e6), target_LP, b"")
+    assert unsure.entries == []
+    assert "2 gain no more than may be sampling noise (daemon.confidence)" in unsure.why
+
+
 def test_entries_that_do_not_fit_the_board_are_left_out_by_whole_layers() -> None:
     """With room for one layer the best per byte is kept, whole; the reason counts the rest."""
     rng = np.random.default_rng(3)

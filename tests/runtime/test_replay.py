@@ -2,23 +2,24 @@
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from eplb_async.core.config import Settings, load_settings
+from eplb_async.core.config import DaemonSettings, Settings, load_settings
+from eplb_async.core.daemon_settings import EAGER
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.score import par, rank_load
 from eplb_async.core.spec import MoESpec
 from eplb_async.observability.history import Outcome
 from eplb_async.observability.replay_report import ReplayReport
 from eplb_async.runtime.replay import Replay, ReplayCosts, replay_all
-from eplb_async.runtime.replay_presets import PRESETS
 from eplb_async.runtime.replay_trace import Stretch, StretchedTrace
 
 __all__: list[str] = []
 
 SPEC = MoESpec(num_layers=3, num_experts=16, num_ranks=4, num_redundant=4)
-DAEMON: dict[str, Any] = {"window_steps": 10, "num_windows": 2, "interval_steps": 40, "min_gain": 0.0}
+DAEMON: dict[str, Any] = {**EAGER, "window_steps": 10, "num_windows": 2, "interval_steps": 40, "min_gain": 0.0}
 HOOK: dict[str, Any] = {"pull_bytes_per_step": 200}
 
 
@@ -75,8 +76,16 @@ def test_a_plan_takes_effect_when_it_is_committed(options: dict[str, str]) -> No
     assert commits >= 3
 
 
-OURS: dict[str, Any] = {**PRESETS["ours"], "window_steps": 10, "num_windows": 8, "interval_steps": 20}
+OURS: dict[str, Any] = {
+    **msgspec.structs.asdict(DaemonSettings()),
+    "window_steps": 10,
+    "num_windows": 8,
+    "interval_steps": 20,
+    "min_gain": 0.0,
+}
+"""The defaults, on shorter windows."""
 LONG = Stretch(steps_per_window=1000, tokens_per_step=4000)
+FOUR_THOUSAND = Stretch(steps_per_window=4000, tokens_per_step=400)
 
 
 @pytest.mark.parametrize("tokens", [4000, 40_000])
@@ -92,11 +101,53 @@ def test_nothing_moves_after_the_first_plan_while_traffic_stays(tokens: int) -> 
 def test_gains_within_the_noise_are_waited_for() -> None:
     """With few tokens the first windows make no plan, which does not end it: more windows of the same traffic do."""
     few = Stretch(steps_per_window=1000, tokens_per_step=12)
-    report = replayed(skewed(1), settings_of(**{**OURS, "policy_options": {"price": 0.0, "noise": 0.0}}), few)
+    report = replayed(skewed(1) ** 0.7, settings_of(**{**OURS, "policy_options": {"noise": 0.0}}), few)
     outcomes = [plan.outcome for plan in report.decisions]
     assert outcomes[0] is Outcome.NOTHING_PAYS
     assert Outcome.FINISHED in outcomes
     assert report.decisions[-1].step < 200
+
+
+@pytest.mark.parametrize(
+    "one_setting",
+    [
+        {},
+        {"policy": "default"},
+        {"policy": "flashlb"},
+        {"policy": "swift_balancer"},
+        {"window_steps": 10},
+        {"window_steps": 400},
+        {"interval_steps": 1000},
+        {"num_windows": 1},
+    ],
+)
+def test_one_setting_alone_leaves_a_daemon_that_balances(one_setting: dict[str, Any]) -> None:
+    """What a user sets who sets one thing: a skew that is worth its bytes to any policy is mended, and the traffic then left alone."""
+    trace_TLE = skewed(1)
+    trace_TLE[:, :, :2] *= 100
+    report = replayed(trace_TLE, load_settings(environ={}, overrides={"daemon": one_setting}), FOUR_THOUSAND)
+    assert 1 <= report.num_plans <= 2
+    assert report.par_mean < 0.85 * report.par_initial
+
+
+def test_moves_that_cost_too_much_may_pay_once_traffic_has_stayed() -> None:
+    """A policy that moves much at once is asked again after twice the life that was too short, at half the price, until it pays."""
+    settings = load_settings(environ={}, overrides={"daemon": {"policy": "default"}})
+    report = replayed(skewed(1), settings, FOUR_THOUSAND)
+    refused, paid = report.decisions
+    assert (refused.step, refused.outcome, paid.outcome) == (100, Outcome.NOTHING_PAYS, Outcome.FINISHED)
+    assert "daemon.move_cost" in refused.why
+    assert 850 <= paid.step <= 950
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_few_tokens_make_few_plans(tokens: int) -> None:
+    """Windows of few tokens are all different, and by chance far from even, where every slot has the same load: nothing moves for it."""
+    trace_TLE = np.ones((1, 3, 16))
+    trace_TLE[:, :, :4] = 2.0  # those with a second slot
+    report = replayed(trace_TLE, load_settings(environ={}), Stretch(steps_per_window=4000, tokens_per_step=tokens))
+    assert report.par_initial > 1.1
+    assert report.moves <= 2
 
 
 def test_traffic_that_changes_is_followed_when_it_does() -> None:
@@ -155,7 +206,7 @@ def test_a_budget_holds_at_every_step() -> None:
     stretch = Stretch(steps_per_window=100, tokens_per_step=4000)
     often = {**OURS, "interval_steps": 20, "move_cost": 0.0}
     free = replayed(trace_TLE, settings_of(**often), stretch)
-    tight = replayed(trace_TLE, settings_of(**often, bytes_per_step=budget, budget_steps=50), stretch)
+    tight = replayed(trace_TLE, settings_of(**{**often, "bytes_per_step": budget, "budget_steps": 50}), stretch)
     assert free.bytes_moved > 800 * budget
     moved = 0
     for plan in tight.decisions:

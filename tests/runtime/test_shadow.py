@@ -14,7 +14,7 @@ from eplb_async.observability.history import Outcome
 from eplb_async.runtime.client import ControlClient
 from eplb_async.runtime.messages import ShadowStatus
 from eplb_async.shm.live import LivePlacement
-from tests.runtime.test_daemon import group_of, until, with_windows
+from tests.runtime.watching import group_of, until, with_windows
 
 __all__: list[str] = []
 

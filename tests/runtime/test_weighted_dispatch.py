@@ -17,7 +17,7 @@ from eplb_async.runtime.client import ControlClient
 from eplb_async.runtime.planner import PackedArray, PlanProposal, PlanRequest, make_plan
 from tests.rank.harness import Actor, RankGroup, hook_settings
 from tests.rank.publisher import Publisher
-from tests.runtime.test_daemon import until, with_windows
+from tests.runtime.watching import until, with_windows
 
 __all__: list[str] = []
 

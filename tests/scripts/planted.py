@@ -37,17 +37,19 @@ class BlindRing(LoadRing):
         places = np.arange(first, last) % self.info.num_records
         fields, counts = self._fields[places], self._counts[places]
         self._atomics.store_release(self._address + RING_TAKEN, last)
-        step, phase, version, tokens = fields.T
-        return Batch(step, phase, version, tokens, counts, lost=first - taken)
+        step, phase, version, tokens, previous_us, pulled = fields.T
+        return Batch(step, phase, version, tokens, counts, first - taken, previous_us, pulled)
 
 
 class LateRing(LoadRing):
     """The writer says that it overwrites a record only when it has."""
 
-    def begin(self, step: int, phase: Phase, version: int, tokens: int) -> NDArray[np.int32]:
+    def begin(
+        self, step: int, phase: Phase, version: int, tokens: int, previous_us: int = 0, pulled: int = 0
+    ) -> NDArray[np.int32]:
         """As LoadRing's, without the announcement."""
         place = self._written % self.info.num_records
-        self._fields[place] = (step, PHASES.index(phase), version, tokens)
+        self._fields[place] = (step, PHASES.index(phase), version, tokens, previous_us, pulled)
         counts: NDArray[np.int32] = self._counts[place]
         return counts
 

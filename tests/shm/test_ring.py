@@ -38,7 +38,8 @@ def ring_of(group: str, num_records: int = 4, width: int = WIDTH) -> Iterator[Lo
 
 def begin(ring: LoadRing, number: int) -> None:
     """Write a record whose every field follows from its number."""
-    ring.begin(number, PHASES[number % 5], 7 * number, 11 * number)[:] = number * 100 + np.arange(6).reshape(2, 3)
+    counts = ring.begin(number, PHASES[number % 5], 7 * number, 11 * number, 13 * number, 17 * number)
+    counts[:] = number * 100 + np.arange(6).reshape(2, 3)
 
 
 def check(batch: Batch, first: int) -> None:
@@ -48,6 +49,8 @@ def check(batch: Batch, first: int) -> None:
     assert batch.phase.tolist() == (numbers % 5).tolist()
     assert batch.version.tolist() == (7 * numbers).tolist()
     assert batch.tokens.tolist() == (11 * numbers).tolist()
+    assert batch.previous_us.tolist() == (13 * numbers).tolist()
+    assert batch.pulled.tolist() == (17 * numbers).tolist()
     counts = numbers[:, None, None] * 100 + np.arange(6).reshape(2, 3)
     assert batch.counts.tolist() == counts.tolist()
 
@@ -191,3 +194,16 @@ def test_damaged_counters_heal(group: str, place: int, bit: int) -> None:
             assert 0 <= batch.lost <= 12
         assert found[-1:] == [11]
         assert (ring.read().step).tolist() == []
+
+
+def test_pace_is_shown_beside_the_records(group: str) -> None:
+    """Budget, pauses and slow-downs, for whoever looks; records are not touched."""
+    with ring_of(group) as writer:
+        begin(writer, 0)
+        writer.show_pace(1 << 40, 3, 5)
+        writer.publish()
+        reader = LoadRing.open(group, 1, 3)
+        assert reader.pace == (1 << 40, 3, 5)
+        check(reader.read(), 0)
+        assert reader.pace == (1 << 40, 3, 5)
+        reader.close()

@@ -61,11 +61,11 @@ class CudaRecorder(Recorder):
         driver.register(self._first, size)
         self._registered = True
 
-    def record(self, step: int, phase: Phase, version: int, tokens: int) -> None:
+    def record(self, step: int, phase: Phase, version: int, tokens: int, previous_us: int = 0, pulled: int = 0) -> None:
         """See Recorder. Issued on the current stream, behind the forward that counted."""
         ring, stream = self.ring, self._compute.handle()
         launch = self._count if phase in COUNTING else self._zero
-        launch.set(TARGET, ring.claim(step, phase, version, tokens))
+        launch.set(TARGET, ring.claim(step, phase, version, tokens, previous_us, pulled))
         launch.set(NUMBER, ring.finish() - 1)
         launch(self._grid, stream)
 
