@@ -12,10 +12,10 @@ Recursive least squares with forgetting, in the form of sums: of products of the
 `KEPT` before a window is added. The coefficients are those that fit best among the ones that are not negative: if the best of all are, choices
 of which are zero are tried. Standard errors are those without that bound; forgetting and weights make windows count as fewer.
 
-Shape suffix: I inputs.
-
 A window that is far from the fit counts for less (Huber): beyond `CLIPPED` times the scatter of windows it pulls no harder than one that is there,
 so steps that were slow for once, or a drop, do little. What changes for good is followed, as old windows are forgotten.
+
+Shape suffix: I inputs.
 """
 
 import itertools
@@ -45,6 +45,7 @@ LEAST_VARIED = 1e-5
 """Variance of `even`, of its square, below which batches are alike: the fixed part then holds what goes with it."""
 NUM_INPUTS = 5
 FIXED, TOKENS, BYTES, COMMITS, EVEN = range(NUM_INPUTS)
+"""Places of the inputs, and of their coefficients."""
 
 
 @dataclass(frozen=True, kw_only=True)
