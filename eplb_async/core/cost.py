@@ -1,17 +1,21 @@
 """What a step costs in milliseconds, fitted while a group serves. Pure: windows go in, coefficients with standard errors come out.
 
-    step_ms = fixed_ms + token_ms * tokens + byte_ms * bytes + commit_ms * commits
+    step_ms = fixed_ms + token_ms * tokens + byte_ms * bytes + commit_ms * commits + even_ms * even
 
-`tokens`: of a step's busiest rank, summed over layers; `bytes`: pulled per step by all ranks together; `commits`: entries per step. Windows of
+`tokens`: of a step's busiest rank, summed over layers; `bytes`: pulled per step by all ranks together; `commits`: entries per step; `even`: tokens of
+a rank if all had as many, summed over layers. The last is no part of what balancing can change, but of what grows with it: attention takes longer
+in a larger batch, wherever its tokens are routed. Without it that would count as experts' time. It is left out while batches are all alike. Windows of
 
-    tokens  1000  1200  1400     of  10.0  10.4  10.8 ms:   fixed 8 ms, token 0.002 ms; of bytes and commits nothing is known
+    tokens  1000  1200  1400     of  10.0  10.4  10.8 ms, even 500:   fixed 8 ms, token 0.002 ms; of bytes and commits nothing is known
 
 Recursive least squares with forgetting, in the form of sums: of products of the inputs with each other and with the time, each multiplied by
-`KEPT` before a window is added. The coefficients are those that fit best among the ones that are not negative: if the best of all are not, all 15
-choices of which are zero are tried. Standard errors are those without that bound; forgetting and weights make windows count as fewer.
+`KEPT` before a window is added. The coefficients are those that fit best among the ones that are not negative: if the best of all are, choices
+of which are zero are tried. Standard errors are those without that bound; forgetting and weights make windows count as fewer.
 
 A window that is far from the fit counts for less (Huber): beyond `CLIPPED` times the scatter of windows it pulls no harder than one that is there,
 so steps that were slow for once, or a drop, do little. What changes for good is followed, as old windows are forgotten.
+
+Shape suffix: I inputs.
 """
 
 import itertools
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CostFit", "StepCost"]
+__all__ = ["BYTES", "COMMITS", "EVEN", "FIXED", "TOKENS", "CostFit", "StepCost"]
 
 FloatArray = NDArray[np.float64]
 
@@ -37,6 +41,11 @@ SURE_TOKENS, SURE_COSTS = 3.0, 2.0
 """Standard errors that a coefficient must be above zero: that of tokens to be known, those of bytes and commits to count."""
 SMALLEST = 1e-10
 """Added to the normalised sums: inputs that do not vary have errors that are huge, and not undefined."""
+LEAST_VARIED = 1e-5
+"""Variance of `even`, of its square, below which batches are alike: the fixed part then holds what goes with it."""
+NUM_INPUTS = 5
+FIXED, TOKENS, BYTES, COMMITS, EVEN = range(NUM_INPUTS)
+"""Places of the inputs, and of their coefficients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,8 @@ class StepCost:
     """A fit.
 
     Fields:
-        fixed_ms, token_ms, byte_ms, commit_ms: see the module; none is negative.
-        errors: standard error of each, in this order; inf where nothing was seen of it.
+        fixed_ms, token_ms, byte_ms, commit_ms, even_ms: see the module; none is negative.
+        errors: standard error of each, in the order of FIXED, TOKENS, BYTES, COMMITS, EVEN; inf where nothing was seen of it.
         parts_ms: what each makes of a usual step.
         scatter_ms: by which windows differ from the fit.
         num_windows: that it was made from.
@@ -55,8 +64,9 @@ class StepCost:
     token_ms: float
     byte_ms: float
     commit_ms: float
-    errors: tuple[float, float, float, float]
-    parts_ms: tuple[float, float, float, float]
+    even_ms: float
+    errors: tuple[float, ...]
+    parts_ms: tuple[float, ...]
     scatter_ms: float
     num_windows: int
 
@@ -68,14 +78,14 @@ class StepCost:
     @property
     def known(self) -> bool:
         """Whether tokens can be turned into time: their number has varied enough for that."""
-        return self.token_ms > 0 and self.token_ms >= SURE_TOKENS * self.errors[1]
+        return self.token_ms > 0 and self.token_ms >= SURE_TOKENS * self.errors[TOKENS]
 
     def moving_ms(self, num_bytes: float, num_commits: float) -> float:
         """What a plan costs all steps together, as far as that is sure: costs that may as well be zero count as zero."""
         cost = 0.0
         for value, error, amount in (
-            (self.byte_ms, self.errors[2], num_bytes),
-            (self.commit_ms, self.errors[3], num_commits),
+            (self.byte_ms, self.errors[BYTES], num_bytes),
+            (self.commit_ms, self.errors[COMMITS], num_commits),
         ):
             cost += value * amount if value >= SURE_COSTS * error else 0.0
         return cost
@@ -86,21 +96,21 @@ class CostFit:
 
     def __init__(self) -> None:
         self._first: list[tuple[FloatArray, float]] = []
-        self._inputs_44, self._time_4 = np.zeros((4, 4)), np.zeros(4)
+        self._inputs_II, self._time_I = np.zeros((NUM_INPUTS, NUM_INPUTS)), np.zeros(NUM_INPUTS)
         self._time_squared = self._weights_squared = self._scatter_ms = 0.0
         self._num = 0
         self._cost: StepCost | None = None
 
-    def add(self, tokens: float, num_bytes: float, num_commits: float, step_ms: float) -> None:
+    def add(self, tokens: float, even: float, num_bytes: float, num_commits: float, step_ms: float) -> None:
         """A window: means of its steps, see the module."""
-        input_4 = np.array([1.0, tokens, num_bytes, num_commits])
+        input_I = np.array([1.0, tokens, num_bytes, num_commits, even])
         if self._num + len(self._first) < FIRST:
-            self._first.append((input_4, step_ms))
+            self._first.append((input_I, step_ms))
             if len(self._first) == FIRST:
                 self._begin()
             return
-        away_ms = abs(step_ms - float(input_4 @ _solve(self._inputs_44, self._time_4, self._time_squared)))
-        self._take(input_4, step_ms, self._weight_of(away_ms))
+        away_ms = abs(step_ms - float(input_I @ _solve(self._inputs_II, self._time_I)))
+        self._take(input_I, step_ms, self._weight_of(away_ms))
         # clipped, or one that is far off would make room for more
         seen_ms = min(1.25 * away_ms, 4 * self._scatter_ms)
         self._scatter_ms += SLOWLY * (seen_ms - self._scatter_ms)
@@ -122,12 +132,13 @@ class CostFit:
         windows, self._first = self._first, []
         weights = [1.0] * len(windows)
         for _ in range(8):
-            self._inputs_44, self._time_4, self._time_squared = np.zeros((4, 4)), np.zeros(4), 0.0
+            self._inputs_II, self._time_I = np.zeros((NUM_INPUTS, NUM_INPUTS)), np.zeros(NUM_INPUTS)
+            self._time_squared = 0.0
             self._weights_squared, self._num = 0.0, 0
-            for (input_4, step_ms), weight in zip(windows, weights, strict=True):
-                self._take(input_4, step_ms, weight)
-            found_4 = _solve(self._inputs_44, self._time_4, self._time_squared)
-            away = [abs(step_ms - float(input_4 @ found_4)) for input_4, step_ms in windows]
+            for (input_I, step_ms), weight in zip(windows, weights, strict=True):
+                self._take(input_I, step_ms, weight)
+            found_I = _solve(self._inputs_II, self._time_I)
+            away = [abs(step_ms - float(input_I @ found_I)) for input_I, step_ms in windows]
             self._scatter_ms = 1.48 * float(np.median(away))
             weights = [self._weight_of(one) for one in away]
 
@@ -137,63 +148,69 @@ class CostFit:
 
     @property
     def _usual_ms(self) -> float:
-        return float(self._time_4[0] / self._inputs_44[0, 0]) if self._num else 0.0
+        return float(self._time_I[0] / self._inputs_II[0, 0]) if self._num else 0.0
 
-    def _take(self, input_4: FloatArray, step_ms: float, weight: float) -> None:
-        self._inputs_44 = KEPT * self._inputs_44 + weight * np.outer(input_4, input_4)
-        self._time_4 = KEPT * self._time_4 + weight * step_ms * input_4
+    def _take(self, input_I: FloatArray, step_ms: float, weight: float) -> None:
+        self._inputs_II = KEPT * self._inputs_II + weight * np.outer(input_I, input_I)
+        self._time_I = KEPT * self._time_I + weight * step_ms * input_I
         self._time_squared = KEPT * self._time_squared + weight * step_ms**2
         self._weights_squared = KEPT**2 * self._weights_squared + weight**2
         self._num += 1
         self._cost = None
 
     def _made(self) -> StepCost:
-        found_4 = _solve(self._inputs_44, self._time_4, self._time_squared)
-        rest = self._time_squared - 2 * found_4 @ self._time_4 + found_4 @ self._inputs_44 @ found_4
-        weight = float(self._inputs_44[0, 0])
-        variance = max(float(rest), 0.0) / max(weight - len(found_4), 1.0)
+        found_I = _solve(self._inputs_II, self._time_I)
+        assert len(found_I) == NUM_INPUTS
+        rest = self._time_squared - 2 * found_I @ self._time_I + found_I @ self._inputs_II @ found_I
+        weight = float(self._inputs_II[0, 0])
+        variance = max(float(rest), 0.0) / max(weight - len(found_I), 1.0)
         variance = max(variance, (LEAST_SCATTER * self._usual_ms) ** 2)
         # n windows that count half: sums of n / 2, and errors of n, not of n / 2 that count whole
-        spread_4 = self._weights_squared / weight * _spread(self._inputs_44)
-        errors = [float(value) for value in np.sqrt(variance * spread_4)]
-        mean_4 = self._inputs_44[0] / weight
-        parts = [float(value) for value in found_4 * mean_4]
+        spread_I = self._weights_squared / weight * _spread(self._inputs_II)
+        mean_I = self._inputs_II[FIXED] / weight
         return StepCost(
-            fixed_ms=float(found_4[0]),
-            token_ms=float(found_4[1]),
-            byte_ms=float(found_4[2]),
-            commit_ms=float(found_4[3]),
-            errors=(errors[0], errors[1], errors[2], errors[3]),
-            parts_ms=(parts[0], parts[1], parts[2], parts[3]),
+            fixed_ms=float(found_I[FIXED]),
+            token_ms=float(found_I[TOKENS]),
+            byte_ms=float(found_I[BYTES]),
+            commit_ms=float(found_I[COMMITS]),
+            even_ms=float(found_I[EVEN]),
+            errors=tuple(np.sqrt(variance * spread_I).tolist()),
+            parts_ms=tuple((found_I * mean_I).tolist()),
             scatter_ms=variance**0.5,
             num_windows=self._num,
         )
 
 
-def _solve(inputs_44: FloatArray, time_4: FloatArray, time_squared: float) -> FloatArray:
-    """The coefficients that are not negative and fit best."""
-    scale_4 = np.sqrt(np.diag(inputs_44))
-    seen = np.flatnonzero(scale_4 > 0)
-    best_4, best_rest = np.zeros(4), time_squared
+def _solve(inputs_II: FloatArray, time_I: FloatArray) -> FloatArray:
+    """The coefficients that are not negative and fit best: the first choice of which are zero whose own best has none below, and whose zeros would
+    not do better above it (the conditions of Kuhn and Tucker; the sums make the problem convex, so there is one)."""
+    scale_I, seen = np.sqrt(np.diag(inputs_II)), _seen(inputs_II)
+    normal = inputs_II[np.ix_(seen, seen)] / np.outer(scale_I[seen], scale_I[seen]) + SMALLEST * np.eye(len(seen))
+    target, best_I = time_I[seen] / scale_I[seen], np.zeros(NUM_INPUTS)
     for num in range(len(seen), 0, -1):
-        for chosen in itertools.combinations(seen.tolist(), num):
-            at = list(chosen)
-            normal = inputs_44[np.ix_(at, at)] / np.outer(scale_4[at], scale_4[at]) + SMALLEST * np.eye(num)
-            found = np.linalg.solve(normal, time_4[at] / scale_4[at])
-            rest = time_squared - float(found @ (time_4[at] / scale_4[at]))
-            if (found >= 0).all() and rest < best_rest:
-                best_4, best_rest = np.zeros(4), rest
-                best_4[at] = found / scale_4[at]
-                if num == len(seen):
-                    return best_4  # of all coefficients, and none is negative
-    return best_4
+        for chosen in itertools.combinations(range(len(seen)), num):
+            at, part = list(chosen), np.zeros(len(seen))
+            part[at] = np.linalg.solve(normal[np.ix_(at, at)], target[at])
+            if (part >= 0).all() and (target - normal @ part <= SMALLEST * target.max()).all():
+                best_I[seen] = part / scale_I[seen]
+                return best_I
+    return best_I
 
 
-def _spread(inputs_44: FloatArray) -> FloatArray:
+def _seen(inputs_II: FloatArray) -> NDArray[np.intp]:
+    """Inputs that were there at all, and `even` only if it varied."""
+    square_I = np.diag(inputs_II)
+    there_I = square_I > 0
+    varied = square_I[EVEN] - inputs_II[FIXED, EVEN] ** 2 / max(inputs_II[FIXED, FIXED], 1e-300)
+    there_I[EVEN] &= varied > LEAST_VARIED * square_I[EVEN]
+    return np.flatnonzero(there_I)
+
+
+def _spread(inputs_II: FloatArray) -> FloatArray:
     """Variance of each coefficient, for windows that scatter by 1; inf for an input that was never there."""
-    scale_4 = np.sqrt(np.diag(inputs_44))
-    spread_4, seen = np.full(4, np.inf), np.flatnonzero(scale_4 > 0)
-    scale = np.outer(scale_4[seen], scale_4[seen])
-    inverse = np.linalg.inv(inputs_44[np.ix_(seen, seen)] / scale + SMALLEST * np.eye(len(seen)))
-    spread_4[seen] = np.diag(inverse) / scale_4[seen] ** 2
-    return spread_4
+    scale_I, seen = np.sqrt(np.diag(inputs_II)), _seen(inputs_II)
+    spread_I = np.full(NUM_INPUTS, np.inf)
+    scale = np.outer(scale_I[seen], scale_I[seen])
+    inverse = np.linalg.inv(inputs_II[np.ix_(seen, seen)] / scale + SMALLEST * np.eye(len(seen)))
+    spread_I[seen] = np.diag(inverse) / scale_I[seen] ** 2
+    return spread_I

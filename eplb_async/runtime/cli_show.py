@@ -67,6 +67,7 @@ def show_decision(decision: Decision) -> None:
         "PAR": f"{_par(decision.par_live)} live, {_par(decision.par_predicted)} predicted",
         "layers": f"{len(decision.layers)} of {len(decision.par_live_L)} change in {decision.num_entries} commits",
         "moves": f"{decision.num_moves} ({_bytes(decision.bytes_moved)}, {_bytes(decision.bytes_between_ranks)} between ranks)",
+        "step": _time(decision) or "-",
         "time": f"{_seconds(decision.decide_s)} to decide, {_seconds(decision.trigger_to_last_commit_s)} to the last commit",
     }
     for name, text in rows.items():
@@ -145,7 +146,8 @@ def _cost(cost: CostStatus) -> str:
             f"({cost.windows} windows)"
         )
     return (
-        f"a step of {cost.step_ms:.2f} ms: {cost.fixed_ms:.2f} fixed, {cost.tokens_ms:.2f} +- {cost.tokens_error_ms:.2f} of experts' tokens, "
+        f"a step of {cost.step_ms:.2f} ms: {cost.fixed_ms:.2f} fixed, {cost.even_ms:.2f} of all tokens, {cost.tokens_ms:.2f} +- {cost.tokens_error_ms:.2f} of the "
+        f"busiest rank's, "
         f"{cost.pulls_ms:.2f} of pulls, {cost.commits_ms:.2f} of commits ({cost.windows} windows)"
     )
 

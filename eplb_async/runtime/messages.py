@@ -155,12 +155,13 @@ class ShadowStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class CostStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What a step costs, fitted from the windows with step times: see core/cost.py. `known`: whether plans are weighed by it; the mean step in
-    milliseconds, and of it the fixed part, experts' tokens with their standard error, pulled bytes and commits."""
+    milliseconds, and of it the fixed part, what goes with all tokens, those of the busiest rank with their standard error, pulled bytes and commits."""
 
     windows: int
     known: bool
     step_ms: float
     fixed_ms: float
+    even_ms: float
     tokens_ms: float
     tokens_error_ms: float | None
     pulls_ms: float

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.core.cost import CostFit, StepCost
+from eplb_async.core.cost import BYTES, COMMITS, EVEN, FIXED, TOKENS, CostFit, StepCost
 from eplb_async.core.score import even_share, rank_load
 from eplb_async.core.spec import MoESpec
 from eplb_async.runtime.group_view import LiveView
@@ -58,16 +58,17 @@ class StepCosts:
         """For people; None before the first fit."""
         if (cost := self._fit.cost) is None:
             return None
-        error_ms = cost.errors[1] * cost.parts_ms[1] / cost.token_ms if cost.token_ms else None
+        error_ms = cost.errors[TOKENS] * cost.parts_ms[TOKENS] / cost.token_ms if cost.token_ms else None
         return CostStatus(
             windows=cost.num_windows,
             known=cost.known,
             step_ms=cost.step_ms,
-            fixed_ms=cost.parts_ms[0],
-            tokens_ms=cost.parts_ms[1],
+            fixed_ms=cost.parts_ms[FIXED],
+            even_ms=cost.parts_ms[EVEN],
+            tokens_ms=cost.parts_ms[TOKENS],
             tokens_error_ms=error_ms,
-            pulls_ms=cost.parts_ms[2],
-            commits_ms=cost.parts_ms[3],
+            pulls_ms=cost.parts_ms[BYTES],
+            commits_ms=cost.parts_ms[COMMITS],
         )
 
     def look(self, num_new: int) -> None:
@@ -80,10 +81,10 @@ class StepCosts:
             self._seen_step = first_step
             tokens = self._tokens(window, times.versions)
             if times.num_timed and times.num_steps and first_step > self._left_out:
-                steps = times.num_steps
-                self._fit.add(
-                    tokens / steps, times.pulled_bytes / steps, times.num_commits / steps, times.step_us / 1e3
-                )
+                moved = times.pulled_bytes, times.num_commits
+                even = float(window[1].sum()) / self._spec.num_ranks
+                mean = [value / times.num_steps for value in (tokens, even, *moved)]
+                self._fit.add(mean[0], mean[1], mean[2], mean[3], times.step_us / 1e3)
 
     def begin_anew(self) -> None:
         """Windows are of other steps from now on."""
@@ -101,11 +102,11 @@ class StepCosts:
         saved_L = np.array(proposal.par_before_L) - np.array(proposal.par_after_L)
         windows = list(self._windows.kept)[-proposal.num_windows :]
         mean_L = np.sum([load_LE.sum(axis=1) for _, load_LE in windows], axis=0) / steps / self._spec.num_ranks
-        share = 100 * cost.parts_ms[1] / cost.step_ms
+        share = 100 * cost.parts_ms[TOKENS] / cost.step_ms
         return {
             "saved_ms_per_step": cost.token_ms * float(saved_L @ mean_L),
             "moving_ms": cost.moving_ms(proposal.bytes_moved, len(proposal.entries)),
-            "cost_fit": f"{cost.num_windows} windows: tokens are {share:.0f} +- {share * cost.errors[1] / cost.token_ms:.0f} % of {cost.step_ms:.2f} ms",
+            "cost_fit": f"{cost.num_windows} windows: tokens are {share:.0f} +- {share * cost.errors[TOKENS] / cost.token_ms:.0f} % of {cost.step_ms:.2f} ms",
         }
 
     def refusal(self, predicted: dict[str, Any], life_steps: float, trust: float) -> str:

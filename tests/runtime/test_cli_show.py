@@ -84,7 +84,8 @@ COST = CostStatus(
     windows=240,
     known=True,
     step_ms=10.2,
-    fixed_ms=6.1,
+    fixed_ms=5.1,
+    even_ms=1.0,
     tokens_ms=4.0,
     tokens_error_ms=0.2,
     pulls_ms=0.06,
@@ -96,7 +97,7 @@ def test_what_a_step_costs_is_shown(capsys: pytest.CaptureFixture[str], monkeypa
     """The parts of a step, or that they are not known yet; nothing where no step was timed."""
     monkeypatch.setenv("COLUMNS", "200")
     show_status(status_of(cost=COST))
-    parts = "6.10 fixed, 4.00 +- 0.20 of experts' tokens, 0.06 of pulls, 0.04 of commits"
+    parts = "5.10 fixed, 1.00 of all tokens, 4.00 +- 0.20 of the busiest rank's, 0.06 of pulls, 0.04 of commits"
     assert f"a step of 10.20 ms: {parts} (240 windows)" in capsys.readouterr().out
     show_status(status_of(cost=msgspec.structs.replace(COST, known=False)))
     assert "a step of 10.20 ms; what tokens cost is not known yet" in capsys.readouterr().out
