@@ -6,11 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from eplb_async.core.config import Settings, load_settings
+from eplb_async.core.config import DaemonSettings, Settings, load_settings
 from eplb_async.core.errors import SpecError
 from eplb_async.observability.advice import settings_text
 from eplb_async.runtime.advise import AdviceRequest, advise, redundancies
@@ -54,7 +55,9 @@ def test_lasting_skew_is_balanced(tmp_path: Path) -> None:
     text = settings_text(advice)
     settings = load_settings(_written(tmp_path, text), environ={})
     assert isinstance(settings, Settings)
-    assert settings.daemon.policy == advice.chosen.policy
+    assert settings.daemon == DaemonSettings(**advice.chosen.daemon)
+    defaults = msgspec.structs.replace(advice, chosen=msgspec.structs.replace(advice.chosen, daemon={}))
+    assert "everything else as it is by default\n[daemon]" in settings_text(defaults)
     assert advice.chosen.saving == max(one.saving for one in advice.candidates) or advice.chosen.bytes_per_step == min(
         one.bytes_per_step for one in advice.candidates if one.saving > advice.chosen.saving - 0.002
     )
