@@ -307,7 +307,8 @@ def _faults(modes: Mapping[str, list[Run]]) -> str:
             steps, marks = steps_of(run), run["marks"]
             local = steps.device_ms - _running_median(steps.device_ms, LOCAL_STEPS)
             about = [marks[name] for name in ("kill_0", "serve_0", "fault_0")]
-            near = [_longest(local, steps.starts, mark - 0.05, mark + 1.0) for mark in about]
+            # the step in which an event happens is left out: planting the fault stops the engine
+            near = [_longest(local, steps.starts, mark, mark + 1.0) for mark in about]
             calm = [_longest(local, steps.starts, mark - 1.05, mark - 0.05) for mark in about]
             killed = run["decisions_of_the_killed"]
             drops = [decision for decision in run["decisions"] if decision["outcome"] == "dropped"]

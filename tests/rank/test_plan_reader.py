@@ -10,7 +10,7 @@ from eplb_async.core.diff import moves_between
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.plan import Plan, PlanEntry, counter, encode_plan
 from eplb_async.core.spec import MoESpec
-from eplb_async.rank.plan_reader import BadPlan, PlanReader, PreparedPlan, Snapshot
+from eplb_async.rank.plan_reader import BREATH_S, BadPlan, PlanReader, PreparedPlan, Snapshot
 from eplb_async.rank.streams import HostStream
 from eplb_async.rank.transfer.base import Pull
 from eplb_async.shm.board import PlanBoard
@@ -87,6 +87,18 @@ def test_a_plan_is_prepared_for_its_rank(board: PlanBoard, reader: PlanReader) -
     assert reader.poll(NOW) is found
     reader.forget()
     assert reader.poll(NOW) is None
+
+
+def test_preparing_gives_the_interpreter_up_after_each_entry(
+    board: PlanBoard, reader: PlanReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that computed on would hold the one that steps up for 5 ms at each of its calls into torch."""
+    naps: list[float] = []
+    monkeypatch.setattr("eplb_async.rank.plan_reader.time.sleep", naps.append)
+    reader.poll(NOW)
+    board.post(1, encode_plan(twice()))
+    assert isinstance(reader.poll(NOW), PreparedPlan)
+    assert naps == [BREATH_S] * 3
 
 
 def test_a_plan_can_be_checked_again(board: PlanBoard, reader: PlanReader) -> None:
