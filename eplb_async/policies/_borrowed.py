@@ -14,23 +14,31 @@ Nothing that is borrowed may be returned or kept for longer than that.
 from typing import Any
 
 import numba
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from eplb_async.policies._kernels import CACHE
 
 __all__ = ["borrowed", "keep"]
 
 
-@numba.njit(error_model="numpy", cache=CACHE)
 def borrowed(owner: Any) -> Any:
-    """A tuple's copy whose arrays have no owner, to be used in compiled code while the tuple itself is there."""
-    return _without_owner(owner)  # type: ignore[call-arg]
+    """A tuple's copy whose arrays have no owner, to be used in compiled code while the tuple itself is there; in Python the tuple."""
+    return owner
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
 def keep(owner: Any) -> int:
     """Does nothing: what it is called with has been there until then."""
     return len(owner)
+
+
+@overload(borrowed)
+def _borrowed_when_compiled(owner: Any) -> Any:
+    # annotated alike: numba compares the two signatures
+    def compiled(owner: Any) -> Any:
+        return _without_owner(owner)  # type: ignore[call-arg]
+
+    return compiled
 
 
 @intrinsic
