@@ -11,6 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb_async.policies._borrowed import borrowed, keep
 from eplb_async.policies._flash_search import NO_HOMES, deal, search
 from eplb_async.policies._flash_swaps import swap_experts
 from eplb_async.policies._flash_work import (
@@ -75,8 +76,10 @@ def replan(
     rules, num_experts = Rules(*settings), windows_TLE.shape[2]
     placement_LP, print_L = live_LP.copy(), fingerprints(live_LP)
     holds_L = still_promised(promised_L, planned_L, print_L)
-    work = new_work(windows_TLE.shape[0], num_experts, rules)
+    owner = new_work(windows_TLE.shape[0], num_experts, rules)
+    work: Work = borrowed(owner)
     planned_LP, gain_L, astray_L, ratio_L = plan_layers(windows_TLE, live_LP, holds_L, rules, work)
+    keep(owner)
     for changed, layer in enumerate(heaviest_first(gain_L)):
         if gain_L[layer] <= 0.0 or changed == most_layers > 0:
             break

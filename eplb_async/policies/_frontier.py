@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_async.policies._frontier_state import EVEN, STEEP, LayerState, mean_peak, take_step
-from eplb_async.policies._frontier_steps import best_replace, best_swap
+from eplb_async.policies._frontier_steps import best_replace
+from eplb_async.policies._frontier_swaps import best_swap
 from eplb_async.policies._kernels import CACHE
 
 __all__ = ["search"]

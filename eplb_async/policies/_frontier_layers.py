@@ -7,8 +7,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb_async.policies._borrowed import borrowed, keep
 from eplb_async.policies._frontier import search
-from eplb_async.policies._frontier_state import layer_state, mean_peak
+from eplb_async.policies._frontier_state import LayerState, holds, layer_state, mean_peak
 from eplb_async.policies._kernels import CACHE
 
 __all__ = ["cheapest", "complete_rows", "moved_slots", "rows_at", "search_layers"]
@@ -108,21 +109,22 @@ def search_layers(  # size: all that a search depends on
     for layer in range(num_layers):
         if not load_LET[layer].any():
             continue
-        live_RE = _holds(live_LP[layer], num_experts, num_ranks)
-        state = layer_state(
+        owner = layer_state(
             load_LET[layer],
             start_LP[layer].copy(),
-            live_RE,
+            live_LP[layer],
             node_LE[layer],
             node_R,
             most_replicas,
             bars_L2[layer, 1],
             prices[1],
         )
+        state: LayerState = borrowed(owner)
         par_LJ[layer, 0] = mean_peak(state.load_RT)
         if par_LJ[layer, 0] > bars_L2[layer, 0]:
             steps_L[layer] = search(state, prices[0], 1.0, patience, journal_LJ5[layer], par_LJ[layer, 1:])
             journal_LJ5[layer, : steps_L[layer], 4] += moved_L[layer]
+        keep(owner)
     return journal_LJ5, par_LJ, steps_L, moved_L
 
 
@@ -177,18 +179,7 @@ def moved_slots(rows_LP: IntArray, live_LP: IntArray, num_experts: int, num_rank
     moved_L = np.zeros(rows_LP.shape[0], dtype=np.int64)
     width = rows_LP.shape[1] // num_ranks
     for layer in range(rows_LP.shape[0]):
-        live_RE = _holds(live_LP[layer], num_experts, num_ranks)
+        live_RE = holds(live_LP[layer], num_experts, num_ranks)
         for slot in range(rows_LP.shape[1]):
             moved_L[layer] += not live_RE[slot // width, rows_LP[layer, slot]]
     return moved_L
-
-
-@numba.njit(error_model="numpy", cache=CACHE)
-def _holds(row_P: IntArray, num_experts: int, num_ranks: int) -> BoolArray:
-    """Which rank holds which expert; slots with -1 are empty. bool [R, E]."""
-    holds_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
-    width = row_P.shape[0] // num_ranks
-    for slot in range(row_P.shape[0]):
-        if row_P[slot] >= 0:
-            holds_RE[slot // width, row_P[slot]] = True
-    return holds_RE

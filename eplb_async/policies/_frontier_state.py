@@ -1,7 +1,8 @@
 """The placement of one layer while the `frontier` policy searches (see `_frontier`): its state, its potential, and a step.
 
 Arrays are unpacked from the state at the start of a function, and loops over them are written out: numba passes a state by
-value and counts references of each array taken from it, which inside a loop costs more than the arithmetic.
+value, and taking an array from it inside a loop costs more than the arithmetic. A search gets a state whose references are not counted
+(`_borrowed`), and what stands inside of loops is compiled into its callers.
 
 Shape suffixes: T windows, E experts, K most replicas, P slots, R ranks.
 """
@@ -16,10 +17,16 @@ from eplb_async.policies._kernels import CACHE
 
 __all__ = [
     "COOL_RANKS",
+    "ENOUGH",
     "EVEN",
+    "LEAST_COST",
+    "LEAST_FAVOUR",
+    "LEAST_GAIN",
+    "MOST_FAVOUR",
     "STEEP",
     "LayerState",
     "above",
+    "holds",
     "layer_state",
     "mean_peak",
     "refresh_relief",
@@ -38,6 +45,14 @@ STEEP = 0.5
 """Weight of load above the waterline against its square: either alone costs moves or balance."""
 EVEN = 0.01
 """Weight of the preference for even ranks: it saves a tenth of the moves, and decides nothing else."""
+ENOUGH = 1.02
+"""A step that cannot be so many times better than the best so far is not looked at."""
+MOST_FAVOUR, LEAST_FAVOUR = 2.0, 0.5
+"""How much more, and less, the fall of a replace counts for splitting hotter, or colder, experts than it merges."""
+LEAST_GAIN = 1e-9
+"""Falls of the potential below this are rounding."""
+LEAST_COST = 0.25
+"""What a step that fills no slot anew is charged."""
 
 
 class LayerState(NamedTuple):
@@ -48,6 +63,7 @@ class LayerState(NamedTuple):
         row_P: expert of each slot: no slot empty, no expert twice on a rank.
         count_E: replicas of each expert.
         host_EK: ranks that hold each expert; the first count_E of each row.
+        live_P: expert of each slot in the live placement; -1 is an empty one.
         on_RE, live_RE: which rank holds which expert, now and in the live placement.
         load_RT: load of each rank in each window.
         above_R: potential of each rank.
@@ -60,12 +76,14 @@ class LayerState(NamedTuple):
         share_E: the part of it that one more replica would get.
         stale_R: ranks whose load changed since `relief_E`, `splits_E` and `share_E` were worked out.
         slope_T, cool_C, heat_C: scratch: of the rank that is to be relieved, see `_frontier._coolest`.
+        others_E: scratch: `relief_E`, minus infinity for the experts of the rank that is to be relieved.
         ceiling_E, slopes_2S, costs_S: scratch: bounds for the experts of a slot, and of two ranks.
         waterline: see `_frontier`.
     """
 
     load_ET: FloatArray
     row_P: IntArray
+    live_P: IntArray
     count_E: LongArray
     host_EK: LongArray
     on_RE: BoolArray
@@ -84,6 +102,7 @@ class LayerState(NamedTuple):
     slope_T: FloatArray
     cool_C: LongArray
     heat_C: FloatArray
+    others_E: FloatArray
     ceiling_E: FloatArray
     slopes_2S: FloatArray
     costs_S: LongArray
@@ -118,7 +137,7 @@ def above(  # size: inlined into loops
 def layer_state(  # size: what a layer's state is made of
     load_ET: FloatArray,
     row_P: IntArray,
-    live_RE: BoolArray,
+    live_P: IntArray,
     node_E: LongArray,
     node_R: LongArray,
     most_replicas: int,
@@ -134,11 +153,9 @@ def layer_state(  # size: what a layer's state is made of
     width = row_P.shape[0] // num_ranks
     count_E = np.zeros(num_experts, dtype=np.int64)
     host_EK = np.full((num_experts, most_replicas), -1, dtype=np.int64)
-    on_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
     for slot in range(row_P.shape[0]):
-        expert, rank = row_P[slot], slot // width
-        host_EK[expert, count_E[expert]] = rank
-        on_RE[rank, expert] = True
+        expert = row_P[slot]
+        host_EK[expert, count_E[expert]] = slot // width
         count_E[expert] += 1
     load_RT = np.zeros((num_ranks, num_windows))
     for slot in range(row_P.shape[0]):
@@ -159,10 +176,11 @@ def layer_state(  # size: what a layer's state is made of
     return LayerState(
         load_ET,
         row_P,
+        live_P,
         count_E,
         host_EK,
-        on_RE,
-        live_RE,
+        holds(row_P, num_experts, num_ranks),
+        holds(live_P, num_experts, num_ranks),
         load_RT,
         above_R,
         node_E,
@@ -178,10 +196,22 @@ def layer_state(  # size: what a layer's state is made of
         np.zeros(min(COOL_RANKS, num_ranks - 1), dtype=np.int64),
         np.zeros(min(COOL_RANKS, num_ranks - 1)),
         np.zeros(num_experts),
+        np.zeros(num_experts),
         np.zeros((2, width)),
         np.zeros(width, dtype=np.int64),
         waterline,
     )
+
+
+@numba.njit(error_model="numpy", cache=CACHE)
+def holds(row_P: IntArray, num_experts: int, num_ranks: int) -> BoolArray:
+    """Which rank holds which expert; slots with -1 are empty. bool [R, E]."""
+    holds_RE = np.zeros((num_ranks, num_experts), dtype=np.bool_)
+    width = row_P.shape[0] // num_ranks
+    for slot in range(row_P.shape[0]):
+        if row_P[slot] >= 0:
+            holds_RE[slot // width, row_P[slot]] = True
+    return holds_RE
 
 
 @numba.njit(error_model="numpy", cache=CACHE)

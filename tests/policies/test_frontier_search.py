@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eplb_async.core.placement import replica_count
 from eplb_async.core.score import windows_par
 from eplb_async.core.spec import Topology
-from eplb_async.policies import _frontier_layers, _frontier_state, _frontier_steps
+from eplb_async.policies import _frontier_ceilings, _frontier_layers, _frontier_state, _frontier_steps
 from tests.policies import twins_frontier
 
 FloatArray = NDArray[np.float64]
@@ -84,11 +84,8 @@ def state_of(
     settings_: tuple[float, float],
 ) -> _frontier_state.LayerState:
     """`layer_state`; nodes: of experts and ranks, and most replicas; settings: waterline and spread."""
-    live_RE = np.zeros((len(nodes[1]), len(load_ET)), dtype=np.bool_)
-    ranks = np.arange(len(live_P)) // (len(live_P) // len(nodes[1]))
-    live_RE[ranks[live_P >= 0], live_P[live_P >= 0]] = True
     load_ET = np.ascontiguousarray(load_ET)
-    state: _frontier_state.LayerState = _frontier_state.layer_state(load_ET, row_P, live_RE, *nodes, *settings_)
+    state: _frontier_state.LayerState = _frontier_state.layer_state(load_ET, row_P, live_P, *nodes, *settings_)
     return state
 
 
@@ -170,13 +167,52 @@ def test_worked_example_of_the_relief() -> None:
     assert state.relief_E == pytest.approx([0.501875, 0.0])
 
 
-def test_worked_example_of_the_gain() -> None:
-    """The numbers in the docstring of `replace_gain` are right."""
+def test_worked_examples_of_the_ceilings() -> None:
+    """The numbers in the docstrings of `leaving_slot`, `others_than` and `highest_of` are right."""
     nodes = (np.zeros(3, dtype=np.int64), np.zeros(2, dtype=np.int64), 2)
     row = np.array([0, 1, 2, 1], dtype=np.int32)
     state = state_of(np.array([[1.6], [0.2], [0.2]]), row, row, nodes, (1.0, 0.0))
-    np.testing.assert_allclose(state.load_RT, [[1.7], [0.3]])
-    assert _frontier_steps.replace_gain(state, 3, 0) == pytest.approx(0.8498)
+    leaving = _frontier_ceilings.leaving_slot(state, 3, 1, 0.2015)
+    assert (leaving.held, leaving.stays, leaving.gives, leaving.weight) == (1, 0.0, -0.5, 1.0)
+    assert leaving.base == pytest.approx(-0.1966)
+    others_E = np.zeros(3)
+    assert _frontier_ceilings.others_than(np.array([0], dtype=np.int32), np.array([0.5, 0.2, 0.3]), others_E) == 0.3
+    assert others_E.tolist() == [-np.inf, 0.2, 0.3]
+    assert _frontier_ceilings.highest_of(np.array([-3.0, 0.5, -np.inf])) == 0.5
+    assert _frontier_ceilings.highest_of(np.array([-3.0, -np.inf])) == 0.0
+
+
+def test_worked_example_of_ranks_in_common() -> None:
+    """The numbers in the docstring of `in_common` are right."""
+    nodes = (np.zeros(5, dtype=np.int64), np.zeros(2, dtype=np.int64), 2)
+    row = np.array([0, 1, 2, 1, 3, 4], dtype=np.int32)
+    state = state_of(np.array([[0.6], [0.4], [0.8], [0.1], [0.1]]), row, row, nodes, (1.0, 0.0))
+    leaving = _frontier_ceilings.leaving_slot(state, 3, 1, 0.0)
+    assert _frontier_steps.in_common(state, leaving, 0) == pytest.approx(0.1212)
+    assert _frontier_steps.in_common(state, leaving, 3) == 0.0
+
+
+@given(st.integers(0, 10_000), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_no_expert_brings_more_than_its_ceiling(seed: int, windows: int) -> None:
+    """With one window a ceiling is what the expert brings, where it and the one that goes have no other rank in common."""
+    layers, random = random_layers(seed, windows, num_layers=1), np.random.default_rng(seed)
+    waterline, spread = float(random.choice([1.0, 1.3])), float(random.choice([0.0, 2.0]))
+    state, plain = layers.state(0, waterline, spread), layers.plain(waterline, spread)
+    _frontier_state.refresh_relief(state)
+    for slot in np.flatnonzero(state.count_E[state.row_P] > 1).tolist():
+        rank, held = slot // plain.width, int(state.row_P[slot])
+        _frontier_ceilings.others_than(state.row_P[plain.slots(rank)], state.relief_E, state.others_E)
+        leaving = _frontier_ceilings.leaving_slot(state, slot, rank, twins_frontier.harm_of(plain, slot))
+        highest = _frontier_ceilings.work_out_ceilings(state, leaving)
+        assert highest == max(0.0, state.ceiling_E.max())
+        comers = twins_frontier.comers_of(plain, slot)
+        for expert, (_, rate, _) in comers.items():
+            assert state.ceiling_E[expert] >= rate - 1e-9
+            if windows == 1 and not (plain.hosts(expert) & plain.hosts(held)).any():
+                assert state.ceiling_E[expert] == pytest.approx(rate, abs=1e-9)
+        others = [expert for expert in range(len(state.count_E)) if expert not in comers]
+        assert (state.ceiling_E[others] == -np.inf).all()
 
 
 def test_worked_examples_of_the_layers() -> None:
@@ -199,10 +235,7 @@ def test_worked_examples_of_the_layers() -> None:
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
 def test_state_follows_every_step(seed: int, windows: int, nodes: int) -> None:
-    """After any steps the state is what `layer_state` makes of the row, but for rounding and the order of hosts.
-
-    And `replace_gain` of each step is the fall of the sum of potentials.
-    """
+    """After any steps the state is what `layer_state` makes of the row, but for rounding and the order of hosts."""
     layers, random = random_layers(seed, windows, nodes, num_layers=1), np.random.default_rng(seed)
     state = layers.state(0, waterline=1.1)
     for _ in range(12):
@@ -210,11 +243,7 @@ def test_state_follows_every_step(seed: int, windows: int, nodes: int) -> None:
         if not candidates:
             break
         slot, expert, second = candidates[random.integers(len(candidates))]
-        before = state.above_R.sum()
-        gain = _frontier_steps.replace_gain(state, slot, expert) if second < 0 else None
         _frontier_state.take_step(state, slot, expert, second)
-        if gain is not None:
-            assert before - state.above_R.sum() == pytest.approx(gain, abs=1e-9)
         layers.start_LP[0] = state.row_P
         fresh = layers.state(0, waterline=1.1)
         np.testing.assert_allclose(state.load_RT, fresh.load_RT, atol=1e-9)

@@ -7,10 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_async.policies._frontier import CLEARS
-from eplb_async.policies._frontier_state import COOL_RANKS, EVEN, STEEP
-from eplb_async.policies._frontier_steps import ENOUGH, LEAST_COST, LEAST_FAVOUR, LEAST_GAIN, MOST_FAVOUR
+from eplb_async.policies._frontier_state import (
+    COOL_RANKS,
+    ENOUGH,
+    EVEN,
+    LEAST_COST,
+    LEAST_FAVOUR,
+    LEAST_GAIN,
+    MOST_FAVOUR,
+    STEEP,
+)
 
-__all__ = ["Plain", "complete_row_twin", "journal_twin"]
+__all__ = ["Plain", "comers_of", "complete_row_twin", "harm_of", "journal_twin"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
@@ -64,6 +72,10 @@ class Plain:
     def holds(self, rank: int, row_P: IntArray) -> set[int]:
         """Experts of a rank."""
         return set(row_P[rank * self.width : (rank + 1) * self.width].tolist())
+
+    def hosts(self, expert: int) -> NDArray[np.bool_]:
+        """Which ranks hold an expert, [R]."""
+        return np.asarray((self.row_P.reshape(len(self.node_R), -1) == expert).any(axis=1))
 
     def moved(self, row_P: IntArray) -> int:
         """Slots whose expert is not on that rank in the live placement."""
@@ -164,24 +176,50 @@ def _cost(layer: Plain, row_P: IntArray) -> float:
     return max(1.0 * (layer.moved(row_P) - layer.moved(layer.row_P)), LEAST_COST)
 
 
+def comers_of(layer: Plain, slot: int) -> dict[int, tuple[float, float, float]]:
+    """Of each expert that may come to a slot: the fall, what it counts for per slot filled anew, and the charge of the step.
+
+    The fall is that of the potential, but for ranks below the waterline that hold the expert, and not the one that goes.
+    """
+    row_P, count_E, now_R = layer.row_P, layer.count(), layer.above(layer.row_P)
+    held, split_E = int(row_P[slot]), layer.spread * (layer.load_ET**2).sum(axis=1)
+    over_R = layer.loads(row_P, count_E).max(axis=1) > layer.waterline
+    merges = split_E[held] * (1 / (count_E[held] - 1) - 1 / count_E[held])
+    found = {}
+    for expert in range(len(count_E)):
+        if count_E[expert] >= layer.most_replicas or not layer.may_hold(slot // layer.width, expert):
+            continue
+        after_P = layer.after(slot, -1, expert)
+        counted_R = over_R | ~layer.hosts(expert) | layer.hosts(held)
+        gain, cost = float((now_R - layer.above(after_P))[counted_R].sum()), _cost(layer, after_P)
+        splits = split_E[expert] * (1 / count_E[expert] - 1 / (count_E[expert] + 1))
+        found[expert] = gain, _favoured(gain, splits - merges) / cost, cost
+    return found
+
+
+def harm_of(layer: Plain, slot: int) -> float:
+    """What the other ranks of a slot's expert get more when it goes."""
+    row_P, count_E, held = layer.row_P, layer.count(), int(layer.row_P[slot])
+    more_R = layer.above(row_P, count_E - (np.arange(len(count_E)) == held)) - layer.above(row_P)
+    return float(np.delete(more_R, slot // layer.width).sum())
+
+
+def _reliefs(layer: Plain) -> FloatArray:
+    """What one more replica of each expert takes off those of its ranks that are above the waterline; 0 where it may get none."""
+    count_E = layer.count()
+    over_R = layer.loads(layer.row_P, count_E).max(axis=1) > layer.waterline
+    relief_E = np.zeros(len(count_E))
+    for expert in np.flatnonzero(count_E < layer.most_replicas):
+        after_R = layer.above(layer.row_P, count_E + (np.arange(len(count_E)) == expert))
+        relief_E[expert] = (layer.above(layer.row_P) - after_R)[over_R].sum()
+    return relief_E
+
+
 def _best_replace(layer: Plain, busiest: int, least: float) -> tuple[int, int, float]:
     """`_frontier_steps.best_replace`."""
-    row_P, count_E, now_R = layer.row_P, layer.count(), layer.above(layer.row_P)
-    here, split_E = layer.holds(busiest, row_P), layer.spread * (layer.load_ET**2).sum(axis=1)
-    over_R = layer.loads(row_P, count_E).max(axis=1) > layer.waterline
-    hosts_ER = np.array(
-        [[expert in layer.holds(r, row_P) for r in range(len(now_R))] for expert in range(len(count_E))]
-    )
-
-    def changed(expert: int, by: int) -> FloatArray:
-        return layer.above(row_P, count_E + by * (np.arange(len(count_E)) == expert)) - now_R
-
-    relief = [
-        -float(changed(expert, 1)[over_R].sum()) if count < layer.most_replicas else 0.0
-        for expert, count in enumerate(count_E)
-    ]
-    most_here = max(0.0, *(relief[expert] for expert in here))
-    most_elsewhere = max(0.0, 0.0, *(value for expert, value in enumerate(relief) if expert not in here))
+    row_P, count_E, now_R, relief_E = layer.row_P, layer.count(), layer.above(layer.row_P), _reliefs(layer)
+    split_E, here = layer.spread * (layer.load_ET**2).sum(axis=1), sorted(layer.holds(busiest, row_P))
+    most_here, most_elsewhere = max(0.0, relief_E[here].max()), max(0.0, 0.0, *np.delete(relief_E, here))
     best_slot, best_expert, best = -1, -1, least
     for slot in [place for rank in (busiest, *_coolest(layer, busiest)[1]) for place in layer.slots(rank)]:
         held, rank = int(row_P[slot]), slot // layer.width
@@ -189,24 +227,22 @@ def _best_replace(layer: Plain, busiest: int, least: float) -> tuple[int, int, f
             continue
         reach = now_R[rank] + (most_elsewhere if rank == busiest else most_here)
         least_cost = 1.0 if held in layer.holds(rank, layer.live_P) else LEAST_COST
-        harm = float(np.delete(changed(held, -1), rank).sum())
-        if min(reach, reach - harm) <= max(ENOUGH * best * least_cost / MOST_FAVOUR, LEAST_GAIN):
+        base = now_R[rank] - harm_of(layer, slot)
+        if min(reach, reach - now_R[rank] + base) <= max(ENOUGH * best * least_cost / MOST_FAVOUR, LEAST_GAIN):
             continue
-        experts = range(len(count_E)) if rank == busiest else row_P[busiest * layer.width :][: layer.width].tolist()
-        for expert in experts:
-            if count_E[expert] >= layer.most_replicas or not layer.may_hold(rank, expert):
+        comers = comers_of(layer, slot)
+        for expert in comers if rank == busiest else row_P[layer.slots(busiest)].tolist():
+            if expert not in comers:
                 continue
-            after_P = layer.after(slot, -1, expert)
-            cost, rough = _cost(layer, after_P), relief[expert] + now_R[rank] - harm
-            splits = split_E[expert] * (1 / count_E[expert] - 1 / (count_E[expert] + 1))
-            fewer = splits - split_E[held] * (1 / (count_E[held] - 1) - 1 / count_E[held])
-            if rough <= LEAST_GAIN or _favoured(rough, fewer) <= ENOUGH * best * cost:
+            gain, rate, cost = comers[expert]
+            rough = relief_E[expert] + base
+            fewer = split_E[expert] * (1 / count_E[expert] - 1 / (count_E[expert] + 1))
+            fewer -= split_E[held] * (1 / (count_E[held] - 1) - 1 / count_E[held])
+            # of all experts the best is taken, of those of a rank only what may be so much better before the slot's rank is looked at
+            if rank != busiest and (rough <= LEAST_GAIN or _favoured(rough, fewer) <= ENOUGH * best * cost):
                 continue
-            fall_R = now_R - layer.above(after_P)
-            meet = (hosts_ER[held] & hosts_ER[expert]).any()
-            gain = float(fall_R.sum() if meet else fall_R[over_R | ~hosts_ER[expert]].sum())
-            if gain > LEAST_GAIN and _favoured(gain, fewer) > best * cost:
-                best_slot, best_expert, best = slot, expert, _favoured(gain, fewer) / cost
+            if gain > LEAST_GAIN and rate > best:
+                best_slot, best_expert, best = slot, expert, rate
     return best_slot, best_expert, best
 
 
