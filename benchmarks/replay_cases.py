@@ -100,7 +100,7 @@ CURVES = (
         name="ours",
         daemon=PRESETS["ours"],
         points={
-            **{f"cost {cost}": {"move_cost": cost} for cost in (300, 1000, 2000, 4000)},
+            **{f"cost {cost}": {"move_cost": cost} for cost in (100, 300, 1000, 2000, 4000)},
             "within a fifth": {"move_cost": 500, SHARE: 0.2},
         },
     ),
