@@ -82,7 +82,7 @@ SHARE = "share of vllm"
 """Of a point: its budget, as a share of what vLLM's schedule moves."""
 INTERVALS = {f"every {steps}": {"interval_steps": steps} for steps in (1000, 300)}
 """Points of a policy that has no budget: how often it plans."""
-ALONE: Tables = {**EAGER, "window_steps": 100}
+ALONE: Tables = {**EAGER, "window_steps": 100, "regret_windows": 0}
 """A policy on a schedule, without what the daemon's defaults add to it."""
 OFTEN = {f"every {steps}": {"interval_steps": steps} for steps in (1000, 100)}
 CURVES = (
