@@ -19,6 +19,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         "interval_steps": 3000,
         "par_threshold": 1.0,
         "min_gain": 0.0,
+        "regret_windows": 0,
     },
     # the settings as they are by default
     "ours": {},
