@@ -30,7 +30,7 @@ from eplb_async.policies._flash_work import (
 from eplb_async.policies._kernels import CACHE, separate
 from eplb_async.policies._matching import keep_slots, match_ranks
 
-__all__ = ["HOPELESS", "WORSE_THAN_FOUND", "find_homes", "fingerprints", "plan_layers", "replan", "still_promised"]
+__all__ = ["HOPELESS", "RETRY", "WORSE_THAN_FOUND", "find_homes", "fingerprints", "plan_layers", "replan", "still_promised"]
 
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
@@ -46,6 +46,10 @@ HOPEFUL = 0.5
 """A layer stays, and is not dealt, unless the search alone gains more than this part of `least_gain`. Swaps seldom make up for what
 then misses: on the training trace this spares three in four of the layers that would stay in the end, and one in twenty-five or
 fewer of those that would change, for a gain just above `least_gain`; on gpt-oss requests two in five, and one in fifteen."""
+
+RETRY = 0.99
+"""A layer that was planned in vain on several windows is not due again until its mean / peak is below this part of what it was then. With
+one window, what was found says no more about the next than the load itself does: there it is tried again."""
 
 BASE = 2**40 + 15
 """Of `fingerprints`."""
@@ -65,7 +69,7 @@ def replan(
     Args:
         windows_TLE: tokens per expert.
         live_LP: the live placement; -1 is an empty slot.
-        promised_L: what the state says was promised.
+        promised_L: what the state says was promised; negative: mean / peak when the layer was planned in vain.
         planned_L: the fingerprints of the rows for which it was.
         settings: `Rules`, or a tuple of the same; a rank has fewer slots than there are experts.
         most_layers: change only so many, those with the greatest gain; 0: no limit.
@@ -80,6 +84,9 @@ def replan(
     work: Work = borrowed(owner)
     planned_LP, gain_L, astray_L, ratio_L = plan_layers(windows_TLE, live_LP, holds_L, rules, work)
     keep(owner)
+    for layer in range(live_LP.shape[0]):
+        if gain_L[layer] == 0.0:
+            holds_L[layer] = ratio_L[layer]
     for changed, layer in enumerate(heaviest_first(gain_L)):
         if gain_L[layer] <= 0.0 or changed == most_layers > 0:
             break
@@ -120,11 +127,11 @@ def fingerprints(row_LP: IntArray) -> IndexArray:
 def still_promised(promised_L: FloatArray, planned_L: IndexArray, print_L: IndexArray) -> FloatArray:
     """What was promised for each layer; 1 for a row that is not the one it was promised for, and for what is no promise.
 
-    Promised [0.9, 0.8, 7] for rows [1, 2, 3], live rows [1, 5, 3]: [0.9, 1, 1].
+    Promised [0.9, 0.8, 7, -0.7] for rows [1, 2, 3, 4], live rows [1, 5, 3, 4]: [0.9, 1, 1, -0.7].
     """
     holds_L = np.ones(print_L.shape[0])
     for layer in range(print_L.shape[0]):
-        if planned_L[layer] == print_L[layer] and 0.0 < promised_L[layer] <= 1.0:
+        if planned_L[layer] == print_L[layer] and 0.0 < abs(promised_L[layer]) <= 1.0:
             holds_L[layer] = promised_L[layer]
     return holds_L
 
@@ -138,20 +145,21 @@ def plan_layers(
     Args:
         windows_TLE: tokens per expert.
         live_LP: the live placement; -1 is an empty slot.
-        promised_L: mean / peak that was promised when the layer was last deployed; 1 if that is not known.
+        promised_L: mean / peak that was promised when the layer was last deployed, or, negative, that it had when it was planned in vain; 1 if
+            nothing is known.
         rules: the settings; a rank has fewer slots than there are experts.
         work: scratch, of T windows.
 
     Returns:
         int32 [L, P]: planned rows, any where nothing is gained; the gain of each layer: the part by which the mean PAR falls,
         0 for a layer that is to stay, infinite for one that has to change because a rank holds an expert twice; whether it
-        was planned without regard to where experts are, so that its ranks are still to be matched to the live ones; and
-        mean / peak of what was planned.
+        was planned without regard to where experts are, so that its ranks are still to be matched to the live ones; and what
+        is promised from now on, which for a layer that stays is what was, unless it has been planned in vain.
     """
     num_layers = live_LP.shape[0]
     count_E = work.count_E
     planned_LP = np.zeros(live_LP.shape, dtype=np.int32)
-    gain_L, astray_L, ratio_L = np.zeros(num_layers), np.zeros(num_layers, dtype=np.int64), np.ones(num_layers)
+    gain_L, astray_L, ratio_L = np.zeros(num_layers), np.zeros(num_layers, dtype=np.int64), promised_L.copy()
     scale_LT = read_scales(windows_TLE, rules.num_ranks)
     for layer in range(num_layers):
         used, noise = read_shares(windows_TLE, layer, scale_LT[layer], work)
@@ -162,7 +170,7 @@ def plan_layers(
         put_on_ranks(work.share_ET, used, live_RS, count_E, work.part_N, work.load_RT)
         live_par = mean_peak(work.load_RT, used, work.peak_T)
         ratio = 1.0 / max(1.0, live_par - rules.allowance * noise / np.sqrt(used))
-        if not doubled and ratio >= rules.ratio * promised_L[layer] and ratio >= rules.below:
+        if not doubled and not _is_due(ratio, promised_L[layer], rules):
             continue
         find_homes(live_RS, count_E, work.home_P, work.home_at_E)
         read_statistics(work, used, rules.z_score)
@@ -172,6 +180,9 @@ def plan_layers(
             # it has to change, or any gain will do, one that only swaps find as well
             worth = np.inf
         found, par = search(work, used, order_E, count_E, worth, rules), np.inf
+        if used > 1:
+            # until it turns out to pay
+            ratio_L[layer] = -ratio
         if found >= worth:
             continue
         for within in (rules.stay_within, NO_HOMES):
@@ -185,11 +196,23 @@ def plan_layers(
             if par <= found * WORSE_THAN_FOUND:
                 break
         gain = 1.0 - par / live_par
-        gain_L[layer] = np.inf if doubled else (gain if gain > rules.least_gain else 0.0)
-        ratio_L[layer] = 1.0 / par
+        if doubled or gain > rules.least_gain:
+            gain_L[layer] = np.inf if doubled else gain
+            ratio_L[layer] = 1.0 / par
         for slot in range(live_LP.shape[1]):
             planned_LP[layer, slot] = work.row_RS[slot // rules.slots_per_rank, slot % rules.slots_per_rank]
     return planned_LP, gain_L, astray_L, ratio_L
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def _is_due(ratio: float, promised: float, rules: Rules) -> bool:
+    """Whether a layer of this mean / peak is to be planned.
+
+    Promised 0.8, `ratio` 0.98, `below` 0.7: at less than 0.784. Planned in vain at 0.5: at less than 0.495.
+    """
+    if promised < 0.0:
+        return ratio < -RETRY * promised
+    return ratio < rules.ratio * promised or ratio < rules.below
 
 
 @numba.njit(error_model="numpy", cache=CACHE)

@@ -3,7 +3,8 @@
 Source of the algorithm: FlashLB, public in github.com/vllm-project/vllm-ascend; written anew. For each layer:
 
     due?        its mean / peak rank load on the windows has fallen against what was promised when it was last deployed, or
-                is low in itself; else the layer is left alone
+                is low in itself; or, where several windows gave no better plan, against what it was then. Else the layer is
+                left alone
     risk        of an expert: mean + z standard deviations of its share over the windows; of a rank: the same of the sum of
                 its experts, covariances included
     search      experts, riskiest first, are cut into `depth` groups. Group by group, the number of spare slots that the
@@ -114,7 +115,8 @@ class _State(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
     Fields:
         version: of this layout.
-        promised: float64 [L], mean / peak of each layer on the windows it was planned for; 1 where it never was.
+        promised: float64 [L], mean / peak of each layer on the windows it was planned for; 1 where it never was; negative: what it was
+            when the layer was planned in vain.
         planned: int64 [L], fingerprints of the rows that this is about. A promise does not bind a row that was not deployed.
     """
 
@@ -135,7 +137,7 @@ def flashlb(
 ) -> tuple[NDArray[np.int32], bytes]:
     """Plan the layers that are due (see `base.PolicyFunction`).
 
-    The state holds what was promised for each layer. State that is lost, garbage or of another shape counts as a promise of
+    The state holds what was promised for each layer, or tried in vain. State that is lost, garbage or of another shape counts as a promise of
     perfect balance. Layers without load are left alone, and so are empty slots of layers that are not due; but where a rank has
     a slot for every expert, all ranks get all experts, whatever the load.
     """

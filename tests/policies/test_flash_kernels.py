@@ -60,7 +60,7 @@ def test_plan_layers_equals_its_twin(seed: int) -> None:
     live_LP = initial_placement(spec)
     if seed % 2:
         live_LP = random.permuted(live_LP, axis=1)
-    promised_L = np.array([1.0, 0.8])
+    promised_L = np.array([1.0, (0.8, -0.8, -0.95)[seed // 2 % 3]])
     work = _flash_work.new_work.py_func(len(windows_TLE), experts, rules)
     freeze(windows_TLE, live_LP)  # not the promises: a plan of all layers has made them anew
     planned_LP, gain_L, astray_L, ratio_L = _flash.plan_layers(windows_TLE, live_LP, promised_L, rules, work)
@@ -77,7 +77,7 @@ def test_replan_equals_its_twin(seed: int) -> None:
     spec = spec_of(12, 16, 4, 5)
     windows_TLE = drifting(spec, 1 + seed % 3, seed)
     live_LP = random.permuted(initial_placement(spec), axis=1)
-    promised_L = random.choice([0.5, 0.99, 7.0, -1.0, np.nan], size=5)
+    promised_L = random.choice([0.5, 0.99, -0.9, 7.0, -7.0, np.nan], size=5)
     planned_L = _flash.fingerprints(live_LP) + (random.random(5) < 0.3)
     rules = _rules(spec.topology, FlashLBOptions(redeploy_below=0.8, stay_within=(0.0, 0.2)[seed % 2]))
     freeze(windows_TLE, live_LP, promised_L, planned_L)
@@ -100,8 +100,12 @@ def test_fingerprints_equal_their_twin() -> None:
 
 def test_a_worked_example_of_promises() -> None:
     """The numbers in the docstring of `still_promised` are right."""
-    rows, live = np.array([1, 2, 3]), np.array([1, 5, 3])
-    assert _flash.still_promised(np.array([0.9, 0.8, 7.0]), rows, live).tolist() == [0.9, 1, 1]
+    rows, live = np.array([1, 2, 3, 4]), np.array([1, 5, 3, 4])
+    assert _flash.still_promised(np.array([0.9, 0.8, 7.0, -0.7]), rows, live).tolist() == [0.9, 1, 1, -0.7]
+    rules = _rules(spec_of(4, 4, 4).topology, FlashLBOptions(redeploy_ratio=0.98, redeploy_below=0.7))
+    is_due = _flash._is_due.py_func
+    assert [is_due(ratio, 0.8, rules) for ratio in (0.783, 0.785)] == [True, False]
+    assert [is_due(ratio, -0.5, rules) for ratio in (0.494, 0.496)] == [True, False]
 
 
 @pytest.mark.parametrize("number", [0, 1, 5, 63, 64, 65, 200, 333])
@@ -292,6 +296,23 @@ def test_a_lower_promise_makes_a_layer_due_later() -> None:
         work = _flash_work.new_work.py_func(2, 4, rules)
         _, gain_L, *_ = _flash.plan_layers(windows, initial_placement(spec), np.array([promised]), rules, work)
         assert (work.risk_E.max() > 0.0, gain_L[0]) == (due, 0.0)
+
+
+def test_a_layer_planned_in_vain_waits_until_it_is_worse() -> None:
+    """One expert is half of the load of four ranks: no plan helps. It is tried again once it is worse, and on one window always."""
+    spec = spec_of(4, 4, 4)
+    windows = np.array([[[50.0, 30.0, 20.0, 0.0]], [[50.0, 20.0, 30.0, 0.0]]]) * 100
+    live_LP, unknown = initial_placement(spec), (np.zeros(1), np.zeros(1, dtype=np.int64))
+    rules = tuple(_rules(spec.topology, FlashLBOptions(redeploy_below=1.0, sampling_noise=0.0)))
+    placement_LP, promised_L, print_L = _flash.replan(windows, live_LP, *unknown, cast(Any, rules), 0)
+    np.testing.assert_array_equal(placement_LP, live_LP)
+    assert promised_L.tolist() == [-0.5]
+    assert _flash.replan(windows[:1], live_LP, *unknown, cast(Any, rules), 0)[1].tolist() == [1.0]
+    # 51 in 101 is less than RETRY worse, 60 in 110 is more; then it has been tried again, as the new promise says
+    for more, promised in ((100.0, -0.5), (1000.0, -110 / 240)):
+        later = windows + np.array([more, 0.0, 0.0, 0.0])
+        _, later_L, _ = _flash.replan(later, live_LP, promised_L, print_L, cast(Any, rules), 0)
+        assert later_L.tolist() == pytest.approx([promised])
 
 
 def test_a_layer_stays_if_the_search_finds_too_little() -> None:

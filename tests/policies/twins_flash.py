@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.policies._flash import HOPEFUL, HOPELESS, WORSE_THAN_FOUND
+from eplb_async.policies._flash import HOPEFUL, HOPELESS, RETRY, WORSE_THAN_FOUND
 from eplb_async.policies._flash_search import GOOD_ENOUGH, NO_HOMES, PROPORTIONAL, RELIEF
 from eplb_async.policies._flash_swaps import ENOUGH, NO_GAIN, TRIES
 from eplb_async.policies._flash_work import Rules
@@ -320,7 +320,7 @@ def plan_layers_twin(
         rows.append(None)
         gains.append(0.0)
         astray.append(False)
-        ratios.append(1.0)
+        ratios.append(float(promised_L[index]))
         layer = LayerTwin(windows_TLE[:, index], rules)
         if not layer.used:
             continue
@@ -330,11 +330,15 @@ def plan_layers_twin(
         live_par = layer.score(layer.loads(live, live_count_E))
         doubled = any(len(set(ranks)) < len(ranks) for ranks in homes.values())
         ratio = 1 / max(1.0, live_par - rules.allowance * layer.noise / np.sqrt(layer.used))
-        if not doubled and ratio >= rules.ratio * promised_L[index] and ratio >= rules.below:
+        promised = promised_L[index]
+        due = ratio < -promised * RETRY if promised < 0 else ratio < max(rules.ratio * promised, rules.below)
+        if not doubled and not due:
             continue
         hope = 1 - HOPEFUL * rules.least_gain
         worth = np.inf if doubled or rules.least_gain == 0 else live_par * hope
         found, order, count_E = search_twin(layer, matrix, worth)
+        if layer.used > 1:
+            ratios[-1] = -ratio
         if found >= worth:
             continue
         bins, par = live, live_par
@@ -353,8 +357,9 @@ def plan_layers_twin(
             if par <= found * WORSE_THAN_FOUND:
                 break
         gain = 1 - par / live_par
-        gains[-1] = np.inf if doubled else gain if gain > rules.least_gain else 0.0
-        ratios[-1] = 1 / par
+        if doubled or gain > rules.least_gain:
+            gains[-1] = np.inf if doubled else gain
+            ratios[-1] = 1 / par
         rows[-1] = [expert for experts in bins for expert in experts]
     return rows, gains, astray, ratios
 
@@ -369,11 +374,12 @@ def replan_twin(
 ) -> tuple[IntArray, FloatArray, NDArray[np.int64]]:
     """`replan`, all changed layers at once."""
     print_L = np.array([fingerprint_twin(row) for row in live_LP.tolist()])
-    holds_L = np.where((planned_L == print_L) & (promised_L > 0) & (promised_L <= 1), promised_L, 1.0)
+    holds_L = np.where((planned_L == print_L) & (promised_L != 0) & (abs(promised_L) <= 1), promised_L, 1.0)
     rows, gains, astray, ratios = plan_layers_twin(windows_TLE, live_LP, holds_L, rules)
     order = np.argsort(-np.array(gains), kind="stable")
     chosen = [int(layer) for layer in order if gains[layer] > 0][: most_layers or None]
     placement_LP = live_LP.copy()
+    holds_L = np.where(np.array(gains) == 0, ratios, holds_L)
     for layer in chosen:
         row_LP, live_row_LP = np.array([rows[layer]], dtype=np.int32), live_LP[layer : layer + 1]
         if astray[layer]:
