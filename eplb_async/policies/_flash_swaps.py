@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eplb_async.policies._flash_work import INNER, Rules, Work
 from eplb_async.policies._kernels import CACHE
 
-__all__ = ["ENOUGH", "NO_GAIN", "TRIES", "find_peaks", "find_swap", "swap_experts"]
+__all__ = ["ENOUGH", "EVENNESS", "NO_GAIN", "TRIES", "find_peaks", "find_swap", "swap_experts"]
 
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
@@ -21,7 +21,11 @@ ENOUGH = 0.8
 """The search for a swap ends once it gains as much of what lowering this one rank can gain."""
 
 NO_GAIN = 1e-9
-"""A gain of the mean PAR below this is none: it may come from rounding. So is a loss of evenness."""
+"""A gain of the mean PAR below this is none: it may come from rounding."""
+
+EVENNESS = 0.1
+"""With a single window, a swap is worth less than it gains by this part of what it would make the busier of its two ranks busier if all
+experts were equally hot."""
 
 TRIES = 1
 """Ranks that no swap lowers before the swapping ends."""
@@ -35,8 +39,8 @@ def swap_experts(work: Work, num_windows: int, count_E: IndexArray, score: float
 
     Only swaps that lower the mean load of the rank, and leave the other below it, are tried: what helps in a few recorded
     windows alone will not help in the next ones. A single window says nothing about how loads vary. There, swaps that keep the
-    two ranks even go first: whose busier one would not be busier if all experts were equally hot. Where hot experts, which have
-    several replicas, are others in the next window, ranks without such replicas are the busiest.
+    two ranks even count more (EVENNESS). Where hot experts, which have several replicas, are others in the next window, ranks
+    without such replicas are the busiest.
 
     Args:
         work: shares and means are read, the placement with its loads and means changed.
@@ -52,14 +56,13 @@ def swap_experts(work: Work, num_windows: int, count_E: IndexArray, score: float
     held_RE, unit_RS, even_R, settled_R = work.held_RE, work.unit_RS, work.even_R, work.settled_R
     _read_slots(work, count_E)
     settled_R[:] = 0
+    slope = EVENNESS * row_RS.shape[0] / count_E.shape[0] if num_windows == 1 else 0.0
     swaps, failed = 0, 0
     while swaps < rules.most_swaps and failed < TRIES and score > rules.good_enough:
         busiest = find_peaks(load_RT, mean_R, num_windows, settled_R, work.top_3T)
         if busiest < 0:
             break
-        gain, mine, other, theirs = find_swap(work, num_windows, count_E, busiest, num_windows == 1)
-        if other < 0 and num_windows == 1:
-            gain, mine, other, theirs = find_swap(work, num_windows, count_E, busiest, False)
+        gain, mine, other, theirs = find_swap(work, num_windows, count_E, busiest, slope)
         if other < 0:
             settled_R[busiest] = 1
             failed += 1
@@ -103,26 +106,31 @@ def _read_slots(work: Work, count_E: IndexArray) -> None:
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
 def find_swap(  # size: the innermost loops stand here: a call with the arrays that they read takes longer than they do
-    work: Work, num_windows: int, count_E: IndexArray, busiest: int, evenly: bool
+    work: Work, num_windows: int, count_E: IndexArray, busiest: int, slope: float
 ) -> tuple[float, int, int, int]:
     """The swap of an expert of the busiest rank with one of another rank that lowers the sum of the peaks most.
 
     Rank loads 9 and 3 of one window, an expert of 5 for one of 2: the peak falls by 9 - max(9 - 3, 3 + 3) = 3.
 
     For each expert and rank, one swap is tried: with the expert there that leaves the means of the two most alike. Ranks
-    below the average are tried, by ascending mean, and the search ends once a swap gains ENOUGH of what lowering the busiest rank can gain. Of each
-    swap the windows whose peak the busiest rank is are looked at first: in the others it hardly ever gains (the other rank's
-    load grows on average), so a swap that has not gained more than the best one there is given up.
+    below the average are tried, by ascending mean, and the search ends once a swap is worth ENOUGH of what lowering the busiest rank can
+    gain. Of each swap the windows whose peak the busiest rank is are looked at first: in the others it hardly ever gains (the other
+    rank's load grows on average), so a swap that has not gained more there than the best one is worth is given up.
+
+    A slope of 0.2: an expert of two replicas for one of a single replica gives the busiest rank half an expert's load more, if all are equally
+    hot. Where it is the busier of the two then, too, this swap is worth 0.1 less than it gains.
 
     Args:
         work: the placement with its peaks (`find_peaks`), `unit_RS`, `even_R` and `held_RE`; `windows_T`, `rest_T` and `rank_R` are scratch.
         num_windows: those with load.
         count_E: replicas of each expert.
         busiest: the rank.
-        evenly: only swaps after which the busier of the two is no busier if all experts are equally hot.
+        slope: how much less than it gains a swap is worth for each expert's load, all being equally hot, by which it makes the
+            busier of the two ranks busier; in the choice of the expert there, how much less alike that makes the means.
 
     Returns:
-        The gain, summed over windows; the slot of the busiest rank, the other rank (-1 if no swap gains), and its slot.
+        Of the swap that is worth most: the gain, summed over windows; the slot of the busiest rank, the other rank (-1 if no
+        swap gains), and its slot.
     """
     row_RS, load_RT, mean_R, unit_RS, share_ET = work.row_RS, work.load_RT, work.mean_R, work.unit_RS, work.share_ET
     top_3T, rest_T, windows_T, held_RE, rank_R = work.top_3T, work.rest_T, work.windows_T, work.held_RE, work.rank_R
@@ -130,9 +138,10 @@ def find_swap(  # size: the innermost loops stand here: a call with the arrays t
     per_rank = row_RS.shape[1]
     num_first, most = _order_windows(load_RT, top_3T, num_windows, busiest, windows_T)
     _sort_ranks(mean_R, rank_R)
-    gain, mine, other, theirs = NO_GAIN * num_windows, 0, -1, 0
+    least = NO_GAIN * num_windows
+    worth, gain, mine, other, theirs = -np.inf, 0.0, 0, -1, 0
     for rank in rank_R:
-        if mean_R[rank] >= min(mean_R[busiest], 1.0) or gain >= ENOUGH * most:
+        if mean_R[rank] >= min(mean_R[busiest], 1.0) or worth >= ENOUGH * most:
             break
         for window in range(num_windows):
             # the peak of all ranks but these two
@@ -141,6 +150,7 @@ def find_swap(  # size: the innermost loops stand here: a call with the arrays t
             below = third if min(one, two) == second else second
             rest_T[window] = below if max(one, two) == first else first
         half = (mean_R[busiest] - mean_R[rank]) / 2.0
+        even, other_even = even_R[busiest], even_R[rank]
         for slot in range(per_rank):
             expert = row_RS[busiest, slot]
             if held_RE[rank, expert]:
@@ -151,28 +161,28 @@ def find_swap(  # size: the innermost loops stand here: a call with the arrays t
                 away = abs(unit_RS[busiest, slot] - unit_RS[rank, place] - half)
                 swapped = row_RS[rank, place]
                 if away < off and not held_RE[busiest, swapped]:
-                    if evenly:
+                    if slope > 0.0:
                         less = part - 1.0 / count_E[swapped]
-                        if (
-                            max(even_R[busiest] - less, even_R[rank] + less)
-                            > max(even_R[busiest], even_R[rank]) + NO_GAIN
-                        ):
-                            continue
-                    near, off = place, away
+                        rise = max(even - less, other_even + less) - max(even, other_even)
+                        away += slope * max(rise, 0.0)
+                    if away < off:
+                        near, off = place, away
             if near < 0:
                 continue
             swapped = row_RS[rank, near]
             swapped_part = 1.0 / count_E[swapped]
+            less = part - swapped_part
+            harm = slope * (max(even - less, other_even + less) - max(even, other_even))
             gained = 0.0
             for index in range(num_windows):
-                if index == num_first and gained <= gain:
+                if index == num_first and gained <= max(worth, least):
                     break
                 window = windows_T[index]
                 less = share_ET[expert, window] * part - share_ET[swapped, window] * swapped_part
                 peak = max(load_RT[busiest, window] - less, load_RT[rank, window] + less)
                 gained += top_3T[0, window] - max(peak, rest_T[window])
-            if gained > gain:
-                gain, mine, other, theirs = gained, slot, rank, near
+            if gained > least and gained - harm > worth:
+                worth, gain, mine, other, theirs = gained - harm, gained, slot, rank, near
     return gain, mine, other, theirs
 
 

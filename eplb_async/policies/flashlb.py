@@ -11,7 +11,7 @@ Source of the algorithm: FlashLB, public in github.com/vllm-project/vllm-ascend;
                 group gets is searched within `width` of what the replica rule gives it; each number is scored by a simulated
                 placement (largest first, each replica into the rank of least risk) on the windows themselves
     placement   the same with the best counts, but an expert stays on its rank where that is little worse
-    swaps       of experts between ranks, while that lowers the mean PAR over the windows; with a single window first those that
+    swaps       of experts between ranks, while that lowers the mean PAR over the windows; with a single window those count more that
                 leave the ranks even under equally hot experts
     match       ranks that were planned without regard to the live placement go to the live ranks that hold most of them
 

@@ -211,7 +211,7 @@ def test_worked_examples_of_the_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
     read_slots = _flash_swaps._read_slots.py_func
     monkeypatch.setattr(_flash_swaps, "_read_slots", read_slots)
     read_slots(work, counts)
-    gain, mine, other, theirs = find_swap(work, 1, counts, busiest, True)
+    gain, mine, other, theirs = find_swap(work, 1, counts, busiest, 0.2)
     assert (busiest, mine, other, theirs) == (0, 0, 1, 0)
     assert gain * 6 == pytest.approx(3)
     assert _flash_swaps.swap_experts.py_func(work, 1, counts, 9 / 6, rules) == pytest.approx(1.0)
@@ -227,7 +227,7 @@ def test_swaps_of_a_single_window_keep_ranks_even() -> None:
     work.mean_R[:] = work.load_RT[:, 0]
     _flash_swaps._read_slots.py_func(work, counts)
     busiest = _flash_swaps.find_peaks(work.load_RT, work.mean_R, 1, np.zeros(3, dtype=np.int64), work.top_3T)
-    found = [_flash_swaps.find_swap.py_func(work, 1, counts, busiest, evenly)[1:] for evenly in (False, True)]
+    found = [_flash_swaps.find_swap.py_func(work, 1, counts, busiest, slope)[1:] for slope in (0.0, 0.2)]
     assert (busiest, found) == (0, [(1, 1, 0), (1, 1, 2)])
 
 

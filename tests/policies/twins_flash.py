@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eplb_async.policies._flash import HOPEFUL, HOPELESS, RETRY, WORSE_THAN_FOUND
 from eplb_async.policies._flash_search import GOOD_ENOUGH, NO_HOMES, PROPORTIONAL, RELIEF
-from eplb_async.policies._flash_swaps import ENOUGH, NO_GAIN, TRIES
+from eplb_async.policies._flash_swaps import ENOUGH, EVENNESS, NO_GAIN, TRIES
 from eplb_async.policies._flash_work import Rules
 from eplb_async.policies._matching import match_ranks
 from tests.policies.twins import keep_slots_twin, separate_twin
@@ -209,30 +209,26 @@ def search_twin(layer: LayerTwin, matrix: bool, worth: float) -> tuple[float, li
 def find_swap_twin(
     layer: LayerTwin,
     bins: list[list[int]],
-    loads: tuple[FloatArray, FloatArray],
+    loads: tuple[FloatArray, FloatArray, FloatArray],
     count_E: NDArray[np.int64],
     busiest: int,
-    evenly: bool,
+    slope: float,
 ) -> tuple[float, int, int, int]:
-    """`find_swap`, of loads by rank and window and their means: the gain, the slot, the other rank (-1: none) and its slot."""
-    load_RT, mean_R = loads
+    """`find_swap`, of loads by rank and window, their means, and loads under equally hot experts: gain, slot, other rank (-1: none), its slot."""
+    load_RT, mean_R, even_R = loads
     top_T = load_RT.max(axis=0)
     first = [t for t in range(layer.used) if load_RT[busiest, t] == top_T[t]]
     others = [t for t in range(layer.used) if t not in first]
     others_RT = np.delete(load_RT, busiest, axis=0)
     most = total(top_T[t] - (others_RT[:, t].max() if len(others_RT) else 0.0) for t in first)
-    best = (NO_GAIN * layer.used, 0, -1, 0)
+    worth, best, least = -np.inf, (0.0, 0, -1, 0), NO_GAIN * layer.used
 
-    def even(experts: list[int]) -> float:
-        return total(1 / count_E[experts])
-
-    def keeps_even(expert: int, rank: int, swapped: int) -> bool:
-        less = 1 / count_E[expert] - 1 / count_E[swapped]
-        one, two = even(bins[busiest]), even(bins[rank])
-        return bool(max(one - less, two + less) <= max(one, two) + NO_GAIN)
+    def rise(expert: int, rank: int, swapped: int) -> float:
+        less, one, two = 1 / count_E[expert] - 1 / count_E[swapped], even_R[busiest], even_R[rank]
+        return float(max(one - less, two + less) - max(one, two))
 
     for rank in sorted(range(len(bins)), key=lambda rank: mean_R[rank]):
-        if mean_R[rank] >= min(mean_R[busiest], 1.0) or best[0] >= ENOUGH * most:
+        if mean_R[rank] >= min(mean_R[busiest], 1.0) or worth >= ENOUGH * most:
             break
         rest_RT = np.delete(load_RT, [busiest, rank], axis=0)
         rest_T = rest_RT.max(axis=0) if len(rest_RT) else np.full(layer.used, -1.0)
@@ -241,8 +237,9 @@ def find_swap_twin(
             part = 1 / count_E[expert]
             away = {
                 place: abs(layer.mean_E[expert] / count_E[expert] - layer.mean_E[swapped] / count_E[swapped] - half)
+                + slope * max(rise(expert, rank, swapped), 0.0)
                 for place, swapped in enumerate(bins[rank])
-                if swapped not in bins[busiest] and (not evenly or keeps_even(expert, rank, swapped))
+                if swapped not in bins[busiest]
             }
             away = {place: off for place, off in away.items() if off < half}
             if expert in bins[rank] or not away:
@@ -252,10 +249,11 @@ def find_swap_twin(
             less_T = layer.share_ET[expert] * part - layer.share_ET[swapped] * (1 / count_E[swapped])
             peak_T = np.maximum(np.maximum(load_RT[busiest] - less_T, load_RT[rank] + less_T), rest_T)
             gain = total(top_T[t] - peak_T[t] for t in first)
-            if gain > best[0]:
+            if gain > max(worth, least):
                 gain = total([*(top_T[t] - peak_T[t] for t in first), *(top_T[t] - peak_T[t] for t in others)])
-            if gain > best[0]:
-                best = (gain, slot, rank, near)
+            harm = slope * rise(expert, rank, swapped)
+            if gain > least and gain - harm > worth:
+                worth, best = gain - harm, (gain, slot, rank, near)
     return best
 
 
@@ -269,6 +267,8 @@ def swap_experts_twin(
 ) -> float:
     """`swap_experts`: in place; the score after it."""
     settled: set[int] = set()
+    even_R = np.array([total(1 / count_E[experts]) for experts in bins])
+    slope = EVENNESS * len(bins) / len(count_E) if layer.used == 1 else 0.0
     swaps = failed = 0
     while swaps < layer.rules.most_swaps and failed < TRIES and score > layer.rules.good_enough:
         number = [(load == load_RT.max(axis=0)).sum() for load in load_RT]
@@ -276,9 +276,7 @@ def swap_experts_twin(
         if not peaks:
             break
         busiest = max(peaks, key=lambda rank: (number[rank], mean_R[rank], -rank))
-        gain, mine, other, theirs = find_swap_twin(layer, bins, (load_RT, mean_R), count_E, busiest, layer.used == 1)
-        if other < 0 and layer.used == 1:
-            gain, mine, other, theirs = find_swap_twin(layer, bins, (load_RT, mean_R), count_E, busiest, False)
+        gain, mine, other, theirs = find_swap_twin(layer, bins, (load_RT, mean_R, even_R), count_E, busiest, slope)
         if other < 0:
             settled.add(busiest)
             failed += 1
@@ -291,6 +289,8 @@ def swap_experts_twin(
         load_RT[other] += less_T
         mean_R[busiest] -= less
         mean_R[other] += less
+        even_R[busiest] -= part - swapped_part
+        even_R[other] += part - swapped_part
         bins[busiest][mine], bins[other][theirs] = swapped, expert
         settled.clear()
         score -= gain / layer.used
