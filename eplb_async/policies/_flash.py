@@ -14,23 +14,32 @@ from numpy.typing import NDArray
 from eplb_async.policies._borrowed import borrowed, keep
 from eplb_async.policies._flash_search import NO_HOMES, deal, search
 from eplb_async.policies._flash_swaps import swap_experts
+from eplb_async.policies._flash_windows import read_noise, read_scales, read_shares, read_statistics
 from eplb_async.policies._flash_work import (
     INNER,
     Rules,
     Work,
     count_replicas,
+    count_slots,
     heaviest_first,
     mean_peak,
     new_work,
     put_on_ranks,
-    read_scales,
-    read_shares,
-    read_statistics,
+    put_window_on_ranks,
 )
 from eplb_async.policies._kernels import CACHE, separate
 from eplb_async.policies._matching import keep_slots, match_ranks
 
-__all__ = ["HOPELESS", "RETRY", "WORSE_THAN_FOUND", "find_homes", "fingerprints", "plan_layers", "replan", "still_promised"]
+__all__ = [
+    "HOPELESS",
+    "RETRY",
+    "WORSE_THAN_FOUND",
+    "find_homes",
+    "fingerprints",
+    "plan_layers",
+    "replan",
+    "still_promised",
+]
 
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
@@ -137,7 +146,7 @@ def still_promised(promised_L: FloatArray, planned_L: IndexArray, print_L: Index
 
 
 @numba.njit(error_model="numpy", cache=CACHE)
-def plan_layers(
+def plan_layers(  # size: what follows the search stands here: a function of its own takes 3 % longer
     windows_TLE: FloatArray, live_LP: IntArray, promised_L: FloatArray, rules: Rules, work: Work
 ) -> tuple[IntArray, FloatArray, IndexArray, FloatArray]:
     """Plan the layers that are due.
@@ -160,31 +169,36 @@ def plan_layers(
     count_E = work.count_E
     planned_LP = np.zeros(live_LP.shape, dtype=np.int32)
     gain_L, astray_L, ratio_L = np.zeros(num_layers), np.zeros(num_layers, dtype=np.int64), promised_L.copy()
-    scale_LT = read_scales(windows_TLE, rules.num_ranks)
+    scale_LT, alone = read_scales(windows_TLE, rules.num_ranks), windows_TLE.shape[0] == 1
     for layer in range(num_layers):
-        used, noise = read_shares(windows_TLE, layer, scale_LT[layer], work)
+        used, noise = read_noise(scale_LT[layer])
         if used == 0:
             continue
         live_RS = live_LP[layer].reshape((rules.num_ranks, rules.slots_per_rank))
-        doubled = count_replicas(live_RS, count_E, work.trial_E)
-        put_on_ranks(work.share_ET, used, live_RS, count_E, work.part_N, work.load_RT)
+        doubled = _count(live_RS, promised_L[layer], count_E, work.trial_E)
+        if alone:
+            put_window_on_ranks(windows_TLE[0, layer], scale_LT[layer, 0], live_RS, count_E, work.part_N, work.load_RT)
+        else:
+            read_shares(windows_TLE, layer, scale_LT[layer], work)
+            put_on_ranks(work.share_ET, used, live_RS, count_E, work.part_N, work.load_RT)
         live_par = mean_peak(work.load_RT, used, work.peak_T)
         ratio = 1.0 / max(1.0, live_par - rules.allowance * noise / np.sqrt(used))
         if not doubled and not _is_due(ratio, promised_L[layer], rules):
             continue
+        if alone:
+            read_shares(windows_TLE, layer, scale_LT[layer], work)
         find_homes(live_RS, count_E, work.home_P, work.home_at_E)
         read_statistics(work, used, rules.z_score)
         order_E = heaviest_first(work.risk_E)
-        worth = live_par * (1.0 - HOPEFUL * rules.least_gain)
-        if doubled or rules.least_gain == 0.0:
-            # it has to change, or any gain will do, one that only swaps find as well
-            worth = np.inf
-        found, par = search(work, used, order_E, count_E, worth, rules), np.inf
+        # it may have to change, or any gain may do, one that only swaps find as well
+        worth = np.inf if doubled or rules.least_gain == 0.0 else live_par * (1.0 - HOPEFUL * rules.least_gain)
+        found = search(work, used, order_E, count_E, worth, rules)
         if used > 1:
             # until it turns out to pay
             ratio_L[layer] = -ratio
         if found >= worth:
             continue
+        par = np.inf
         for within in (rules.stay_within, NO_HOMES):
             par, met = deal(work, used, order_E, count_E, within, np.inf, rules)
             if met:
@@ -202,6 +216,16 @@ def plan_layers(
         for slot in range(live_LP.shape[1]):
             planned_LP[layer, slot] = work.row_RS[slot // rules.slots_per_rank, slot % rules.slots_per_rank]
     return planned_LP, gain_L, astray_L, ratio_L
+
+
+@numba.njit(error_model="numpy", cache=CACHE, **INNER)
+def _count(row_RS: IntArray, promised: float, count_E: IndexArray, last_E: IndexArray) -> bool:
+    """Count the replicas of a live row; whether some rank holds an expert twice. `last_E` is scratch."""
+    if promised == 1.0:
+        return count_replicas(row_RS, count_E, last_E)
+    # planned, or planned in vain: had a rank held an expert twice, the row would be another one
+    count_slots(row_RS, count_E)
+    return False
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)

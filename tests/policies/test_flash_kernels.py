@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from eplb_async.core.placement import initial_placement
 from eplb_async.core.spec import MoESpec
-from eplb_async.policies import _flash, _flash_search, _flash_swaps, _flash_work
+from eplb_async.policies import _flash, _flash_search, _flash_swaps, _flash_windows, _flash_work
 from eplb_async.policies.flashlb import FlashLBOptions, _rules
 from tests.policies import twins_flash
 
@@ -134,16 +134,17 @@ def test_spare_order_equals_its_twin(rule: int) -> None:
 
 
 def work_for(windows: Any, spec: MoESpec, **more: Any) -> tuple[_flash_work.Work, _flash_work.Rules, tuple[int, float]]:
-    """Kernels' arrays that have read one layer's windows [T, E], the rules, and what `read_shares` returned.
+    """Kernels' arrays that have read one layer's windows [T, E], the rules, and what `read_noise` says.
 
     Kernels that Python cannot call (`_flash_work.INNER`) are run as Python; compiled they are compared with their twins.
     """
     windows_TLE = np.asarray(windows, dtype=np.float64)[:, None]
     rules = _rules(spec.topology, FlashLBOptions(**more))
     work = _flash_work.new_work.py_func(len(windows_TLE), spec.num_experts, rules)
-    scale_LT = _flash_work.read_scales.py_func(windows_TLE, rules.num_ranks)
-    read = _flash_work.read_shares.py_func(windows_TLE, 0, scale_LT[0], work)
-    _flash_work.read_statistics.py_func(work, read[0], rules.z_score)
+    scale_LT = _flash_windows.read_scales.py_func(windows_TLE, rules.num_ranks)
+    read = _flash_windows.read_noise.py_func(scale_LT[0])
+    _flash_windows.read_shares.py_func(windows_TLE, 0, scale_LT[0], work)
+    _flash_windows.read_statistics.py_func(work, read[0], rules.z_score)
     return work, rules, read
 
 
@@ -159,11 +160,14 @@ def test_worked_examples_of_shares() -> None:
     assert work.risk_E.tolist() == pytest.approx([2.414, 2.414], abs=1e-3)
     load_RT, counts = np.zeros((2, 2)), np.array([2, 1])
     shares = np.array([[1.5, 0.5], [0.5, 1.5]])
-    assert _flash_work.read_scales.py_func(np.array([[[3.0, 1]], [[0, 0]], [[2, 6]]]), 2).tolist() == [
+    assert _flash_windows.read_scales.py_func(np.array([[[3.0, 1]], [[0, 0]], [[2, 6]]]), 2).tolist() == [
         [0.5, np.inf, 0.25]
     ]
     _flash_work.put_on_ranks(shares, 2, np.array([[0, 1], [0, -1]], dtype=np.int32), counts, work.part_N, load_RT)
     assert load_RT.tolist() == [[1.25, 1.75], [0.75, 0.25]]
+    row_RS, one_RT = np.array([[0, 1], [0, -1]], dtype=np.int32), np.zeros((2, 1))
+    _flash_work.put_window_on_ranks.py_func(np.array([6.0, 2]), 0.25, row_RS, counts, work.part_N, one_RT)
+    assert one_RT.tolist() == [[1.25], [0.75]]
     assert _flash_work.mean_peak(load_RT, 2, np.zeros(2)) == 1.5
     assert _flash_work.heaviest_first(np.array([30.0, 40.0, 20.0, 30.0])).tolist() == [1, 0, 3, 2]
 
@@ -190,6 +194,8 @@ def test_worked_examples_of_the_search() -> None:
     counts, homes, at = np.zeros(2, np.int64), np.zeros(4, np.int64), np.zeros(3, np.int64)
     row_RS, last_E = np.array([[0, 1], [0, -1]], dtype=np.int32), np.zeros(2, np.int64)
     assert not _flash_work.count_replicas(row_RS, counts, last_E)
+    assert counts.tolist() == [2, 1]
+    _flash_work.count_slots.py_func(row_RS, counts)
     _flash.find_homes(row_RS, counts, homes, at)
     assert (counts.tolist(), homes[:3].tolist(), at.tolist()) == ([2, 1], [0, 1, 0], [0, 2, 3])
 

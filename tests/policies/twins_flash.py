@@ -328,7 +328,7 @@ def plan_layers_twin(
         homes = find_homes_twin(live)
         live_count_E = np.array([len(homes[expert]) for expert in range(num_experts)])
         live_par = layer.score(layer.loads(live, live_count_E))
-        doubled = any(len(set(ranks)) < len(ranks) for ranks in homes.values())
+        doubled = promised_L[index] == 1 and any(len(set(ranks)) < len(ranks) for ranks in homes.values())
         ratio = 1 / max(1.0, live_par - rules.allowance * layer.noise / np.sqrt(layer.used))
         promised = promised_L[index]
         due = ratio < -promised * RETRY if promised < 0 else ratio < max(rules.ratio * promised, rules.below)
