@@ -23,7 +23,7 @@ ENOUGH = 0.8
 NO_GAIN = 1e-9
 """A gain of the mean PAR below this is none: it may come from rounding."""
 
-EVENNESS = 0.1
+EVENNESS = 0.3
 """With a single window, a swap is worth less than it gains by this part of what it would make the busier of its two ranks busier if all
 experts were equally hot."""
 
