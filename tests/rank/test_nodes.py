@@ -123,7 +123,7 @@ def _two_contents(ranks: NodeGroup, daemons: Daemons) -> str:
     [
         (_failed_pull, "from rank 3 slot 0: received bytes do not match"),
         (_abort_on_one_node, "a daemon aborted it"),
-        (_board_of_one_node, "not done after 60 steps"),
+        (_board_of_one_node, "not done after 200 steps"),
         (_two_contents, "the nodes hold different plans of generation 1"),
     ],
 )
@@ -131,7 +131,7 @@ def test_drops_are_the_same_everywhere(
     group: str, runtime_dir: Path, every: int, happens: Callable[[NodeGroup, Daemons], str], why: str
 ) -> None:
     """I5, I6, I11, I2: whatever one node alone knows of, all ranks drop the plan at one step, and the next is committed."""
-    with NodeGroup(group, PLAIN, runtime_dir, reduce_every=every, plan_deadline_steps=60) as ranks:
+    with NodeGroup(group, PLAIN, runtime_dir, reduce_every=every, plan_deadline_steps=200) as ranks:
         ranks.attach()
         daemons = Daemons(ranks)
         start = daemons.rows_LP.tolist()

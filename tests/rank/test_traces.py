@@ -179,7 +179,7 @@ def test_drops_are_a_behaviour_of_the_model(
     group: str, runtime_dir: Path, happens: Callable[[RankGroup, Publisher], None]
 ) -> None:
     """However a plan ends early, all ranks drop it, serve on, and the next one is committed."""
-    settings = hook_settings(runtime_dir, staging_rows=ROWS, plan_deadline_steps=40, pull_bytes_per_step=1)
+    settings = hook_settings(runtime_dir, staging_rows=ROWS, plan_deadline_steps=200, pull_bytes_per_step=1)
     with RankGroup(group, PAIR, settings, hook_class=TracedHook) as ranks:
         ranks.attach()
         daemon = Publisher(group, PAIR)
