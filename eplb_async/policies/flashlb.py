@@ -63,7 +63,7 @@ class FlashLBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         z_score: standard deviations that count as risk, >= 0; 0.674: three windows in four are below.
         max_windows: more windows than that are merged, consecutive ones, >= 1.
         redeploy_ratio: a layer is due when its mean / peak is below this part of what was promised, in [0, 1].
-        redeploy_below: and when it is below this, in [0, 1].
+        redeploy_below: and when it is below this, in [0, 1]. Where several windows showed no better plan, neither counts until it is worse.
         sampling_noise: how much of the PAR that chance alone makes (tokens choosing experts independently) is taken off
             before these two are asked, >= 0; it shrinks with the tokens of a window and with the square root of the number
             of windows. 0 for loads that are not token counts.

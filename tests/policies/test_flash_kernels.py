@@ -195,6 +195,7 @@ def test_worked_examples_of_the_search() -> None:
     row_RS, last_E = np.array([[0, 1], [0, -1]], dtype=np.int32), np.zeros(2, np.int64)
     assert not _flash_work.count_replicas(row_RS, counts, last_E)
     assert counts.tolist() == [2, 1]
+    counts[:] = 9
     _flash_work.count_slots.py_func(row_RS, counts)
     _flash.find_homes(row_RS, counts, homes, at)
     assert (counts.tolist(), homes[:3].tolist(), at.tolist()) == ([2, 1], [0, 1, 0], [0, 2, 3])
