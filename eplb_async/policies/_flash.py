@@ -51,12 +51,7 @@ WORSE_THAN_FOUND = 1.02
 HOPELESS = 1.1
 """And if it has as much more before its swaps, they are not tried."""
 
-HOPEFUL = 0.5
-"""A layer stays, and is not dealt, unless the search alone gains more than this part of `least_gain`. Swaps seldom make up for what
-then misses: on the training trace this spares three in four of the layers that would stay in the end, and one in twenty-five or
-fewer of those that would change, for a gain just above `least_gain`; on gpt-oss requests two in five, and one in fifteen."""
-
-RETRY = 0.99
+RETRY = 0.97
 """A layer that was planned in vain on several windows is not due again until its mean / peak is below this part of what it was then. With
 one window, what was found says no more about the next than the load itself does: there it is tried again."""
 
@@ -191,7 +186,7 @@ def plan_layers(  # size: what follows the search stands here: a function of its
         read_statistics(work, used, rules.z_score)
         order_E = heaviest_first(work.risk_E)
         # it may have to change, or any gain may do, one that only swaps find as well
-        worth = np.inf if doubled or rules.least_gain == 0.0 else live_par * (1.0 - HOPEFUL * rules.least_gain)
+        worth = np.inf if doubled or rules.least_gain == 0.0 else live_par * (1.0 - rules.least_gain)
         found = search(work, used, order_E, count_E, worth, rules)
         if used > 1:
             # until it turns out to pay
@@ -213,8 +208,10 @@ def plan_layers(  # size: what follows the search stands here: a function of its
         if doubled or gain > rules.least_gain:
             gain_L[layer] = np.inf if doubled else gain
             ratio_L[layer] = 1.0 / par
-        for slot in range(live_LP.shape[1]):
-            planned_LP[layer, slot] = work.row_RS[slot // rules.slots_per_rank, slot % rules.slots_per_rank]
+        planned_RS = planned_LP[layer].reshape(live_RS.shape)
+        for rank in range(rules.num_ranks):
+            for slot in range(rules.slots_per_rank):
+                planned_RS[rank, slot] = work.row_RS[rank, slot]
     return planned_LP, gain_L, astray_L, ratio_L
 
 
@@ -232,7 +229,7 @@ def _count(row_RS: IntArray, promised: float, count_E: IndexArray, last_E: Index
 def _is_due(ratio: float, promised: float, rules: Rules) -> bool:
     """Whether a layer of this mean / peak is to be planned.
 
-    Promised 0.8, `ratio` 0.98, `below` 0.7: at less than 0.784. Planned in vain at 0.5: at less than 0.495.
+    Promised 0.8, `ratio` 0.98, `below` 0.7: at less than 0.784. Planned in vain at 0.5: at less than 0.485.
     """
     if promised < 0.0:
         return ratio < -RETRY * promised

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 from eplb_async.policies._flash_work import INNER, Rules, Work, mean_peak, put_on_ranks
 from eplb_async.policies._kernels import CACHE
 
-__all__ = ["GOOD_ENOUGH", "NO_HOMES", "PEAK", "PROPORTIONAL", "RELIEF", "deal", "reorder", "search", "spare_order"]
+__all__ = [
+    "FAR",
+    "GOOD_AMONG_SEVERAL",
+    "GOOD_ENOUGH",
+    "NO_HOMES",
+    "PEAK",
+    "PROPORTIONAL",
+    "RELIEF",
+    "deal",
+    "reorder",
+    "search",
+    "spare_order",
+]
 
 IndexArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -27,6 +39,13 @@ replicas that the expert has."""
 
 GOOD_ENOUGH = 1.05
 """The search ends at a placement whose greatest mean load is at most this times the least possible; swaps do the rest."""
+
+GOOD_AMONG_SEVERAL = 1.1
+"""The same with several windows, whose peaks are higher than that of the means in any case."""
+
+FAR = 1.1
+"""A placement whose greatest mean load is more than this times what is good enough is worth trying twice the width: replicas of half a rank's load
+leave no room beside each other, and the next number of them that fits may be several away."""
 
 NO_HOMES = 0.0
 """As `within` of `deal`: the live placement does not matter."""
@@ -118,6 +137,7 @@ def deal(  # size: one pass over all experts, with what a layer and a placement 
         spread_RX[:] = 0.0
     for expert in order_E:
         part = 1.0 / count_E[expert]
+        single = np.float32(part)
         own = var_E[expert] * part * part
         homes = home_at_E[expert + 1] - home_at_E[expert] if within > 0.0 else 0
         for _ in range(count_E[expert]):
@@ -162,10 +182,10 @@ def deal(  # size: one pass over all experts, with what a layer and a placement 
                 var_R[best] = best_var
                 if matrix:
                     for other in range(mean_E.shape[0]):
-                        spread_RX[best, other] += covariance_EE[expert, other] * part
+                        spread_RX[best, other] += covariance_EE[expert, other] * single
                 else:
                     for window in range(num_windows):
-                        spread_RX[best, window] += off_TE[window, expert] * part
+                        spread_RX[best, window] += off_TE[window, expert] * single
     if num_windows == 1:
         # the same sums: what a rank has in its one window is its mean
         work.load_RT[:, 0] = mean_R
@@ -197,7 +217,7 @@ def search(  # size: one walk down the tree
     """Choose the replica counts of all experts; writes them to `count_E`, and the order for `deal` to `ranked_E`.
 
     The experts, riskiest first, are cut into `depth` groups of the same size. For the first group, each number of spare slots
-    within `width` of what the rule gives it (and of the best so far) is tried: its own by the rule, what is left to all later
+    within `width` of what the rule gives it (and of the best so far; twice that while the best is far from good) is tried: its own by the rule, what is left to all later
     groups by the rule, and a simulated placement of all. The best number stays, and the next group is next. It ends where the
     ranks' mean loads are balanced well enough, or cannot be because of the heaviest replica: counts mend means, and what
     fluctuates is a matter of who meets whom.
@@ -221,9 +241,10 @@ def search(  # size: one walk down the tree
     spare = rules.num_ranks * rules.slots_per_rank - num_experts
     spare_order(work, ranked_E, (0, num_experts), spare, rules, rule_P)
     _give(ranked_E, 0, rule_P, spare, count_E)
-    good = GOOD_ENOUGH
+    least = 1.0
     for expert in range(num_experts):
-        good = max(good, mean_E[expert] / count_E[expert] * GOOD_ENOUGH)
+        least = max(least, mean_E[expert] / count_E[expert])
+    good = least * (GOOD_ENOUGH if num_windows == 1 else GOOD_AMONG_SEVERAL)
     for place in range(num_experts):
         trial_E[place] = count_E[place]
         order_E[place] = best_E[place] = ranked_E[place]
@@ -240,7 +261,7 @@ def search(  # size: one walk down the tree
         # the start itself is known but for the first group; then one less, one more, two less, ...
         if first > 0:
             away, side = 1, -1
-        while away <= furthest and level > good:
+        while level > good and (away <= furthest or (away <= 2 * rules.width and level > FAR * good)):
             given = start + side * away
             away, side = (away, 1) if side < 0 else (away + 1, -1)
             if given < 0 or given > most or spare - given > most_rest:

@@ -70,12 +70,12 @@ def read_noise(scale_T: FloatArray) -> tuple[int, float]:
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
 def read_shares(windows_TLE: FloatArray, layer: int, scale_T: FloatArray, work: Work) -> None:
-    """Scale the windows of a layer that have load to a mean of 1 per rank; writes `share_ET`, the same to `off_TE`, and `mean_E`.
+    """Scale the windows of a layer that have load to a mean of 1 per rank; writes `share_ET`, the same to `share_TE`, and `mean_E`.
 
     Windows [[3, 1], [0, 0], [2, 6]] on 2 ranks: shares [[1.5, 0.5], [0.5, 1.5]] (by expert), means [1, 1].
     """
     num_windows, _, num_experts = windows_TLE.shape
-    share_ET, mean_E, off_TE = work.share_ET, work.mean_E, work.off_TE
+    share_ET, mean_E, share_TE = work.share_ET, work.mean_E, work.share_TE
     mean_E[:] = 0.0
     used = 0
     for window in range(num_windows):
@@ -83,7 +83,7 @@ def read_shares(windows_TLE: FloatArray, layer: int, scale_T: FloatArray, work: 
         if scale < np.inf:
             for expert in range(num_experts):
                 share = windows_TLE[window, layer, expert] * scale
-                off_TE[used, expert] = share
+                share_TE[used, expert] = share
                 mean_E[expert] += share
             used += 1
     if used > 1:
@@ -92,22 +92,22 @@ def read_shares(windows_TLE: FloatArray, layer: int, scale_T: FloatArray, work: 
     # turned by fours, not as they are read: a store for each number of a row, far from the last one, is slow beside the sums
     for window in range(0, used - 3, 4):
         for expert in range(num_experts):
-            one, two = off_TE[window, expert], off_TE[window + 1, expert]
-            three, four = off_TE[window + 2, expert], off_TE[window + 3, expert]
+            one, two = share_TE[window, expert], share_TE[window + 1, expert]
+            three, four = share_TE[window + 2, expert], share_TE[window + 3, expert]
             share_ET[expert, window], share_ET[expert, window + 1] = one, two
             share_ET[expert, window + 2], share_ET[expert, window + 3] = three, four
     for window in range(used // 4 * 4, used):
         for expert in range(num_experts):
-            share_ET[expert, window] = off_TE[window, expert]
+            share_ET[expert, window] = share_TE[window, expert]
 
 
 @numba.njit(error_model="numpy", cache=CACHE, **INNER)
 def read_statistics(work: Work, num_windows: int, z_score: float) -> None:
-    """Variances, deviations, covariances (if there is a matrix) and risks, from means and the shares that are in `off_TE`.
+    """Variances, deviations, covariances (if there is a matrix) and risks, from means and shares.
 
     Shares [1.5, 0.5] and [0.5, 1.5] of two experts, z = 2: variances 0.5, covariance -0.5, risks 1 + 2 sqrt(0.5) = 2.414.
     """
-    mean_E, var_E, off_TE = work.mean_E, work.var_E, work.off_TE
+    mean_E, var_E, share_TE, off_TE = work.mean_E, work.var_E, work.share_TE, work.off_TE
     covariance_EE, risk_E = work.covariance_EE, work.risk_E
     num_experts = mean_E.shape[0]
     var_E[:] = 0.0
@@ -115,7 +115,7 @@ def read_statistics(work: Work, num_windows: int, z_score: float) -> None:
         scale = 1.0 / np.sqrt(num_windows - 1.0)
         for window in range(num_windows):
             for expert in range(num_experts):
-                off = (off_TE[window, expert] - mean_E[expert]) * scale
+                off = (share_TE[window, expert] - mean_E[expert]) * scale
                 off_TE[window, expert] = off
                 var_E[expert] += off * off
     for expert in range(num_experts):

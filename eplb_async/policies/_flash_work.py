@@ -37,6 +37,7 @@ COUNTED = 64
 IntArray = NDArray[np.int32]
 IndexArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+SingleArray = NDArray[np.float32]
 
 
 class Rules(NamedTuple):
@@ -72,11 +73,13 @@ class Work(NamedTuple):
     share_ET: FloatArray
     mean_E: FloatArray
     var_E: FloatArray
-    off_TE: FloatArray
-    """The shares; once `read_statistics` has run, their deviations from the mean, scaled: the covariance of two experts is the dot product of
-    their columns."""
-    covariance_EE: FloatArray
-    """The same as a matrix; [0, 0] where the columns are cheaper. Dealing needs the covariance of each expert with each
+    share_TE: FloatArray
+    """The same, as rows are read."""
+    off_TE: SingleArray
+    """Deviations from the mean, scaled: the covariance of two experts is the dot product of their columns. Single precision, as are covariances:
+    an estimate from so few windows is not good for seven digits, and twice as many fit into a vector."""
+    covariance_EE: SingleArray
+    """All of these; [0, 0] where the columns are cheaper. Dealing needs the covariance of each expert with each
     rank's load: R dot products of T, or, with the matrix, E additions that keep all covariances of one rank up to date."""
     risk_E: FloatArray
     """Mean + z standard deviations."""
@@ -105,7 +108,7 @@ class Work(NamedTuple):
     """The mean again; infinite where no slot is left."""
     last_R: IndexArray
     """The expert that the rank got last."""
-    spread_RX: FloatArray
+    spread_RX: SingleArray
     """How each rank's load deviates from its mean, [R, T]; or, with the matrix, its covariance with every expert, [R, E]."""
     load_RT: FloatArray
     peak_T: FloatArray
@@ -146,7 +149,8 @@ def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
         of_experts[0],
         of_experts[1],
         np.zeros((num_windows, num_experts)),
-        np.zeros((wide, wide)),
+        np.zeros((num_windows, num_experts), dtype=np.float32),
+        np.zeros((wide, wide), dtype=np.float32),
         of_experts[2],
         np.zeros(num_experts, dtype=np.int64),
         np.zeros(ranks * per_rank, dtype=np.int64),
@@ -163,7 +167,7 @@ def new_work(num_windows: int, num_experts: int, rules: Rules) -> Work:
         of_ranks[1],
         of_ranks[2],
         np.zeros(ranks, dtype=np.int64),
-        np.zeros((ranks, across)),
+        np.zeros((ranks, across), dtype=np.float32),
         np.zeros((ranks, num_windows)),
         np.zeros(num_windows),
         np.zeros((3, num_windows)),

@@ -68,7 +68,7 @@ class FlashLBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             before these two are asked, >= 0; it shrinks with the tokens of a window and with the square root of the number
             of windows. 0 for loads that are not token counts.
         least_gain: a planned layer stays as it is unless its mean PAR falls by more than this part, in [0, 1]. It stays, too, if the
-            search alone, before homes and swaps, gains half of this or less; 0: any gain will do, and every due layer is planned.
+            search alone, before homes and swaps, gains no more than this; 0: any gain will do, and every due layer is planned.
         most_layers: most layers changed by a plan, those with the greatest gain; 0: no limit.
         stay_within: an expert stays on its rank in dealing unless that is this much riskier than the best rank, in mean rank
             loads; more: fewer moves, more swaps to do, >= 0.
@@ -83,7 +83,7 @@ class FlashLBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     redeploy_ratio: float = 0.98
     redeploy_below: float = 0.925
     sampling_noise: float = 1.0
-    least_gain: float = 0.02
+    least_gain: float = 0.01
     most_layers: int = 0
     stay_within: float = 0.2
     most_swaps: int = 80

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_async.policies._flash import HOPEFUL, HOPELESS, RETRY, WORSE_THAN_FOUND
-from eplb_async.policies._flash_search import GOOD_ENOUGH, NO_HOMES, PROPORTIONAL, RELIEF
+from eplb_async.policies._flash import HOPELESS, RETRY, WORSE_THAN_FOUND
+from eplb_async.policies._flash_search import FAR, GOOD_AMONG_SEVERAL, GOOD_ENOUGH, NO_HOMES, PROPORTIONAL, RELIEF
 from eplb_async.policies._flash_swaps import ENOUGH, EVENNESS, NO_GAIN, TRIES
 from eplb_async.policies._flash_work import Rules
 from eplb_async.policies._matching import match_ranks
@@ -24,6 +24,7 @@ __all__ = [
     "plan_layers_twin",
     "replan_twin",
     "search_twin",
+    "single_total",
     "spare_order_twin",
     "swap_experts_twin",
     "total",
@@ -38,6 +39,14 @@ def total(values: Iterable[float]) -> float:
     result = 0.0
     for value in values:
         result += float(value)
+    return result
+
+
+def single_total(values: Iterable[np.float32]) -> np.float32:
+    """`total`, in single precision."""
+    result = np.float32(0)
+    for value in values:
+        result += value
     return result
 
 
@@ -63,22 +72,25 @@ class LayerTwin:
         self.noise = total(noise) / self.used
         self.mean_E = np.array([total(share_T) / self.used for share_T in self.share_ET])
         scale = 1 / np.sqrt(self.used - 1) if self.used > 1 else 0.0
-        self.off_ET = (self.share_ET - self.mean_E[:, None]) * scale
-        self.var_E = np.array([total(off_T * off_T) for off_T in self.off_ET])
+        off_ET = (self.share_ET - self.mean_E[:, None]) * scale
+        self.var_E = np.array([total(off_T * off_T) for off_T in off_ET])
         self.risk_E = self.mean_E + rules.z_score * np.sqrt(self.var_E)
+        self.off_ET = off_ET.astype(np.float32)
 
     def covariance(self, matrix: bool, placed: list[tuple[int, float]], expert: int) -> float:
         """Of an expert with a rank's load: experts and their parts. The two ways differ in the last bit."""
         if matrix:
-            return total(self._product(other, expert) * part for other, part in placed)
-        spread_T = [total(self.off_ET[other, t] * part for other, part in placed) for t in range(self.used)]
+            return float(single_total(self._product(other, expert) * np.float32(part) for other, part in placed))
+        spread_T = [
+            single_total(self.off_ET[other, t] * np.float32(part) for other, part in placed) for t in range(self.used)
+        ]
         return total(spread * off for spread, off in zip(spread_T, self.off_ET[expert], strict=True))
 
-    def _product(self, one: int, other: int) -> float:
+    def _product(self, one: int, other: int) -> np.float32:
         products = self.off_ET[one] * self.off_ET[other]
         whole = self.used // 4 * 4
-        fours = ((a + b) + (c + d) for a, b, c, d in products[:whole].reshape(-1, 4).tolist())
-        return total([*fours, *products[whole:]])
+        fours = ((a + b) + (c + d) for a, b, c, d in products[:whole].reshape(-1, 4))
+        return single_total([*fours, *products[whole:]])
 
     def loads(self, bins: list[list[int]], count_E: NDArray[np.int64]) -> FloatArray:
         """`put_on_ranks`: [R, T]."""
@@ -177,7 +189,8 @@ def search_twin(layer: LayerTwin, matrix: bool, worth: float) -> tuple[float, li
         return count
 
     count = counts(0, spare, num_experts, 0, {})
-    good = max(GOOD_ENOUGH, *(layer.mean_E[e] / count[e] * GOOD_ENOUGH for e in range(num_experts)))
+    least = max(1.0, *(layer.mean_E[e] / count[e] for e in range(num_experts)))
+    good = least * (GOOD_ENOUGH if layer.used == 1 else GOOD_AMONG_SEVERAL)
     best, level, best_order = worth, np.inf, order
     size = -(-num_experts // rules.depth)
     first = 0
@@ -187,7 +200,7 @@ def search_twin(layer: LayerTwin, matrix: bool, worth: float) -> tuple[float, li
         chosen, furthest = start, min(rules.width, spare)
         for away, side in [(0, 1)] * (first == 0) + [(a, s) for a in range(1, spare + 1) for s in (-1, 1)]:
             given = start + side * away
-            if away > furthest or level <= good:
+            if level <= good or away > max(furthest, 2 * rules.width * (level > FAR * good)):
                 break
             most_here, most_left = ((rules.most_replicas - 1) * n for n in (last - first, num_experts - last))
             if not (0 <= given <= min(most_here, spare) and spare - given <= most_left):
@@ -334,8 +347,7 @@ def plan_layers_twin(
         due = ratio < -promised * RETRY if promised < 0 else ratio < max(rules.ratio * promised, rules.below)
         if not doubled and not due:
             continue
-        hope = 1 - HOPEFUL * rules.least_gain
-        worth = np.inf if doubled or rules.least_gain == 0 else live_par * hope
+        worth = np.inf if doubled or rules.least_gain == 0 else live_par * (1 - rules.least_gain)
         found, order, count_E = search_twin(layer, matrix, worth)
         if layer.used > 1:
             ratios[-1] = -ratio
