@@ -5,7 +5,7 @@
     read_shares       one layer: its shares
     read_statistics   one layer that is due: risks
 
-Imports numba (see `_kernels` for what that implies). The plain twin of all is `LayerTwin` in tests/policies/twins_flash.py.
+Imports numba (see `_kernels` for what that implies). The plain twin of all is `LayerTwin` in tests/policies/twins_flash_layer.py.
 """
 
 import numba

@@ -3,7 +3,7 @@
 All loads are shares: every window is scaled to a mean of 1 per rank, so that the load of a rank in a window reads as a
 ratio to the mean, and the greatest of them is the window's PAR. A step with few tokens counts as much as one with many.
 
-Imports numba (see `_kernels` for what that implies). Every function has a plain twin in tests/policies/twins_flash.py.
+Imports numba (see `_kernels` for what that implies). Every function has a plain twin in tests/policies/twins_flash.py or twins_flash_layer.py.
 """
 
 from typing import Any, NamedTuple
