@@ -33,19 +33,34 @@ def read_scales(windows_TLE: FloatArray, num_ranks: int) -> FloatArray:
     """
     num_windows, num_layers, num_experts = windows_TLE.shape
     scale_LT = np.empty((num_layers, num_windows))
-    for window in range(num_windows):
-        for layer in range(num_layers):
-            # four sums at once: one would wait for each addition in turn
-            one, two, three, four = 0.0, 0.0, 0.0, 0.0
-            for expert in range(0, num_experts - 3, 4):
-                one += windows_TLE[window, layer, expert]
-                two += windows_TLE[window, layer, expert + 1]
-                three += windows_TLE[window, layer, expert + 2]
-                four += windows_TLE[window, layer, expert + 3]
-            for expert in range(num_experts // 4 * 4, num_experts):
-                one += windows_TLE[window, layer, expert]
-            total = (one + two) + (three + four)
-            scale_LT[layer, window] = num_ranks / total if total > 0.0 else np.inf
+    row_NE = windows_TLE.reshape((num_windows * num_layers, num_experts))
+    last = row_NE.shape[0] - 1
+    for first in range(0, last + 1, 4):
+        # two sums for each of four rows at once: one sum would wait for each addition in turn. The last row stands in for those beyond it
+        second, third, fourth = min(first + 1, last), min(first + 2, last), min(first + 3, last)
+        first_even, second_even, third_even, fourth_even = 0.0, 0.0, 0.0, 0.0
+        first_odd, second_odd, third_odd, fourth_odd = 0.0, 0.0, 0.0, 0.0
+        for expert in range(0, num_experts - 1, 2):
+            first_even += row_NE[first, expert]
+            second_even += row_NE[second, expert]
+            third_even += row_NE[third, expert]
+            fourth_even += row_NE[fourth, expert]
+            first_odd += row_NE[first, expert + 1]
+            second_odd += row_NE[second, expert + 1]
+            third_odd += row_NE[third, expert + 1]
+            fourth_odd += row_NE[fourth, expert + 1]
+        if num_experts % 2 == 1:
+            first_even += row_NE[first, num_experts - 1]
+            second_even += row_NE[second, num_experts - 1]
+            third_even += row_NE[third, num_experts - 1]
+            fourth_even += row_NE[fourth, num_experts - 1]
+        for row, total in (
+            (first, first_even + first_odd),
+            (second, second_even + second_odd),
+            (third, third_even + third_odd),
+            (fourth, fourth_even + fourth_odd),
+        ):
+            scale_LT[row % num_layers, row // num_layers] = num_ranks / total if total > 0.0 else np.inf
     return scale_LT
 
 

@@ -34,10 +34,7 @@ class LayerTwin:
     def __init__(self, windows_TE: FloatArray, rules: Rules) -> None:
         rows, noise = [], []
         for row_E in windows_TE:
-            whole = len(row_E) // 4 * 4
-            lanes = [total(row_E[lane:whole:4]) for lane in range(4)]
-            lanes[0] = total([lanes[0], *row_E[whole:]])
-            load = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3])
+            load = total(row_E[0::2]) + total(row_E[1::2])
             if load > 0 and rules.num_ranks / load < np.inf:
                 scale = rules.num_ranks / load
                 rows.append(row_E * scale)
