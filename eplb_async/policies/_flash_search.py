@@ -217,8 +217,8 @@ def search(  # size: one walk down the tree
     """Choose the replica counts of all experts; writes them to `count_E`, and the order for `deal` to `ranked_E`.
 
     The experts, riskiest first, are cut into `depth` groups of the same size. For the first group, each number of spare slots
-    within `width` of what the rule gives it (and of the best so far; twice that while the best is far from good) is tried: its own by the rule, what is left to all later
-    groups by the rule, and a simulated placement of all. The best number stays, and the next group is next. It ends where the
+    within `width` of what the rule gives it (and of the best so far), or twice that while the best is FAR from good, is tried: its own by
+    the rule, what is left to all later groups by the rule, and a simulated placement of all. The best number stays, and the next group is next. It ends where the
     ranks' mean loads are balanced well enough, or cannot be because of the heaviest replica: counts mend means, and what
     fluctuates is a matter of who meets whom.
 

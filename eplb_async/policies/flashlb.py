@@ -8,7 +8,7 @@ Source of the algorithm: FlashLB, public in github.com/vllm-project/vllm-ascend;
     risk        of an expert: mean + z standard deviations of its share over the windows; of a rank: the same of the sum of
                 its experts, covariances included
     search      experts, riskiest first, are cut into `depth` groups. Group by group, the number of spare slots that the
-                group gets is searched within `width` of what the replica rule gives it; each number is scored by a simulated
+                group gets is searched within `width` of what the replica rule gives it, or twice that; each number is scored by a simulated
                 placement (largest first, each replica into the rank of least risk) on the windows themselves
     placement   the same with the best counts, but an expert stays on its rank where that is little worse
     swaps       of experts between ranks, while that lowers the mean PAR over the windows; with a single window those count more that
@@ -56,7 +56,7 @@ class FlashLBOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Fields:
         depth: groups that the experts are cut into, >= 1; with 1 counts are the rule's.
         width: numbers of spare slots tried to each side of the rule's (and of the best so far), for each group but the last,
-            >= 0; with 0 counts are the rule's.
+            >= 0; twice as many while ranks are far from even; with 0 counts are the rule's.
         replica_rule: who gets the next spare slot. With risk r and c replicas, the expert of greatest: "peak": r / c, which
             keeps the riskiest replica least; "relief": r / (c (c + 1)), what the replica's ranks are relieved of;
             "proportional": r / (c + 1/2), counts nearest to shares.
