@@ -74,7 +74,7 @@ class Work(NamedTuple):
     mean_E: FloatArray
     var_E: FloatArray
     share_TE: FloatArray
-    """The same, as rows are read."""
+    """The shares again, in rows as windows are: statistics go along the rows, placements look up an expert's windows."""
     off_TE: SingleArray
     """Deviations from the mean, scaled: the covariance of two experts is the dot product of their columns. Single precision, as are covariances:
     an estimate from so few windows is not good for seven digits, and twice as many fit into a vector."""
